@@ -1,0 +1,1196 @@
+"""DDPM on images: drown pictures in Gaussian noise step by step, train a UNet to undo it, sample new pictures.
+
+    python ddpm_images.py                             # animal faces that the script draws itself: no download, no GPU
+    python ddpm_images.py --data animal_faces         # the AFHQ photographs (downloaded once)
+    python ddpm_images.py --data my_photos --class_cond --cfg_scale 2          # sub-folders are the classes
+    python ddpm_images.py --resume out/ddpm_images/ckpt.pt                     # go on after Ctrl-C, bit for bit
+    python ddpm_images.py --sample 64 --ckpt out/ddpm_images/model.safetensors --sampler ddpm --sample_steps 1000
+    python ddpm_images.py --condition gray            # colourise; also lowres, edges, mask; then apply it to a folder:
+    python ddpm_images.py --sample 8 --input my_photos --ckpt out/ddpm_images/model.safetensors
+    torchrun --nproc_per_node=8 ddpm_images.py --data animal_faces
+
+Expected: @EXPECTED@
+Writes out/ddpm_images/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, forward.png, reverse.gif,
+training.gif, interpolation.png.
+
+Papers: DDPM 2006.11239, improved DDPM 2102.09672, DDIM 2010.02502, v-prediction 2202.00512, min-SNR 2303.09556,
+ADM (UNet) 2105.05233, classifier-free guidance 2207.12598, DPM-Solver++ 2211.01095.
+"""
+import argparse
+import copy
+import functools
+import hashlib
+import http.client
+import inspect
+import itertools
+import json
+import math
+import mmap
+import os
+import signal
+import struct
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# Knobs. A preset fills in what is not given by hand; --help shows the values of the one in force.
+
+PRESETS = {
+    "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=8, dropout=0.0, steps=900, batch_size=64,
+                lr=1e-3, ema_decay=0.99, eval_every=150, sample_steps=25),
+    "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, steps=100_000,
+                batch_size=256, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
+    "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, steps=2, batch_size=16,
+                  lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4),
+}
+CONDITION_CHANNELS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "mask": 4}
+
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the preset decides the defaults of the rest
+    early.add_argument("--preset")
+    early.add_argument("--device", default="auto")
+    early.add_argument("--smoke", action=argparse.BooleanOptionalAction)
+    known = early.parse_known_args(argv)[0]
+    preset = known.preset or ("gpu" if pick_device(known.device).type == "cuda" else "cpu")
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="drawn_faces", help="drawn_faces, animal_faces, or a folder, .zip or .npz")
+    g.add_argument("--size", type=int, help="pixels a side")
+    g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
+    g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class of each picture")
+    g.add_argument("--condition", choices=list(CONDITION_CHANNELS), default="none", help="translate pictures from this")
+    g = p.add_argument_group("model")
+    g.add_argument("--width", type=int, help="channels at the highest resolution")
+    g.add_argument("--mults", help="channel multiplier of each resolution; the side halves from one to the next")
+    g.add_argument("--blocks", type=int, help="residual blocks per resolution")
+    g.add_argument("--attn", type=int, help="self-attention where the feature map has at most this side")
+    g.add_argument("--patch", type=int, help="the UNet takes patches of this side for one position each; 1 = pixels")
+    g.add_argument("--dropout", type=float, help="dropout inside the residual blocks")
+    g = p.add_argument_group("diffusion")
+    g.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="how alpha_bar falls from 1 to 0")
+    g.add_argument("--pred", choices=["eps", "v", "x0"], default="v", help="what the network predicts")
+    g.add_argument("--min_snr", type=float, default=0.0, help="gamma of min-SNR loss weights (the paper: 5); 0 = off")
+    g = p.add_argument_group("training")
+    g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
+    g.add_argument("--steps", type=int, help="optimizer steps")
+    g.add_argument("--batch_size", type=int, help="training examples per step, over all GPUs")
+    g.add_argument("--accum", type=int, default=1, help="forward passes per step, to save memory")
+    g.add_argument("--lr", type=float, help="peak learning rate of AdamW")
+    g.add_argument("--ema_decay", type=float, help="decay of the averaged weights, the ones that are sampled from")
+    g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
+    g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
+    g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
+    g.add_argument("--input", metavar="FOLDER", help="with --sample: the pictures to translate")
+    g.add_argument("--sampler", choices=["ddpm", "ddim", "dpmpp_2m"], default="dpmpp_2m",
+                   help="how to get from noise to data")
+    g.add_argument("--sample_steps", type=int, help="network calls per sample")
+    g.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds back: 0 = none, 1 = as much as ddpm")
+    g.add_argument("--cfg_scale", type=float, default=1.0, help="strength of classifier-free guidance; 1 = off")
+    g = p.add_argument_group("output and system")
+    g.add_argument("--out", default="out/ddpm_images", help="folder for everything that a run writes")
+    g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="arithmetic of the network; its weights are always fp32")
+    g.add_argument("--compile", action=flag, default=False, help="torch.compile the network (the gpu preset does)")
+    g.add_argument("--smoke", action=flag, default=False, help="two steps of a tiny model, then reload it and sample")
+    p.set_defaults(**PRESETS["smoke" if known.smoke else "gpu" if preset == "gpu" else "cpu"],
+                   compile=preset == "gpu" and not known.smoke)
+    args = p.parse_args(argv)
+    args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
+
+    for name in "size width blocks patch steps batch_size accum eval_every sample_steps sample".split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} has to be at least 1")
+    for name, top in dict(lr=math.inf, ema_decay=1, dropout=1, eta=1, min_snr=math.inf, cfg_scale=math.inf, seed=2**63).items():
+        if not 0 <= getattr(args, name) <= top:
+            p.error(f"--{name} has to lie between 0 and {top}")
+    if not all(m.isdecimal() and int(m) for m in args.mults.split(",")):
+        p.error("--mults takes positive whole numbers with commas between, such as 1,2,2")
+    args.mults = [int(m) for m in args.mults.split(",")]
+    unit = args.patch * 2 ** (len(args.mults) - 1)
+    if args.size % unit:
+        p.error(f"--size has to be a multiple of {unit}: patches of {args.patch}, halved {len(args.mults) - 1} times")
+    if args.width % 32:
+        p.error("--width has to be a multiple of 32, the channels of an attention head")
+    if args.sample_steps > T:
+        p.error(f"--sample_steps can be at most T = {T}")
+    if bool(args.sample) != bool(args.ckpt) or args.input and not args.sample:
+        p.error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
+    return args
+
+
+# -----------------------------------------------------------------------------
+# The method. x0 is a clean picture in [-1, 1], eps Gaussian noise, t = 0..T-1 the noise level, alpha_bar[t] the share
+# of the picture in the variance of xt. A model is any function (xt, t) -> out of the shape of xt.
+
+T = 1000
+
+
+def make_alpha_bar(schedule):
+    """alpha_bar (T,) in float64, the product of 1 - beta. linear: DDPM section 4; cosine: 2102.09672 eq. 17."""
+    if schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    else:
+        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - beta, 0)
+
+
+def add_noise(x0, eps, ab):
+    """The forward process in one leap, q(xt | x0), DDPM eq. 4; ab = alpha_bar[t], a number or (B, 1, 1, 1)."""
+    return ab ** 0.5 * x0 + (1 - ab) ** 0.5 * eps
+
+
+def to_x0(out, xt, ab, pred):
+    """The clean picture that the network's output stands for: add_noise solved for x0."""
+    if pred == "eps":
+        return (xt - (1 - ab) ** 0.5 * out) / ab ** 0.5
+    if pred == "v":  # from out = sqrt(ab) eps - sqrt(1 - ab) x0
+        return ab ** 0.5 * xt - (1 - ab) ** 0.5 * out
+    return out
+
+
+def loss_fn(model, x0, eps, t, alpha_bar, pred, min_snr=0.0):
+    """Mean squared error of the prediction, DDPM eq. 14: x0, eps (B, C, H, W), t (B,) on the CPU -> (B,).
+
+    min_snr > 0 weights the error of x0 by min(SNR, min_snr), 2303.09556 section 3.4. An error in eps is that of x0
+    times SNR, one in v times SNR + 1, hence the divisors."""
+    ab = alpha_bar[t].to(x0.dtype).to(x0.device).view(-1, 1, 1, 1)
+    out = model(add_noise(x0, eps, ab), t.to(x0.device)).to(x0.dtype)
+    v_pred_target = ab ** 0.5 * eps - (1 - ab) ** 0.5 * x0  # 2202.00512 appendix D
+    loss = (out - {"eps": eps, "v": v_pred_target, "x0": x0}[pred]).square().mean((1, 2, 3))
+    if min_snr > 0:
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        weight = snr.clamp(max=min_snr) / {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[pred]
+        loss = loss * weight.to(x0.dtype).to(x0.device)
+    return loss
+
+
+@torch.no_grad()
+def sample(model, noise, alpha_bar, pred, sampler="ddim", steps=50, eta=0.0, on_step=None):
+    """From noise to pictures (B, C, H, W) in `steps` network calls, evenly spaced in t from T-1 to 0.
+
+    noise: iterator over (B, C, H, W); its first item is x_T, the others are for the samplers that add noise.
+    on_step(t, xt, x0) is called after each network call. All coefficients are float64 numbers."""
+    xt, x0_old, lam_old = next(noise), None, None
+    levels = np.linspace(T - 1, 0, steps).round().astype(int).tolist()
+    for t, s in zip(levels, levels[1:] + [-1]):          # from level t to the cleaner level s; -1 is clean
+        ab_t, ab_s = alpha_bar[t].item(), alpha_bar[s].item() if s >= 0 else 1.0
+        out = model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
+        x0 = to_x0(out, xt, ab_t, pred).clamp(-1, 1)     # where pictures are; without it errors build up
+        eps = (xt - ab_t ** 0.5 * x0) / (1 - ab_t) ** 0.5
+        if on_step:
+            on_step(t, xt, x0)
+        if s < 0:
+            return x0
+        beta = 1 - ab_t / ab_s                           # variance of the noise between s and t
+        var = beta * (1 - ab_s) / (1 - ab_t)             # of the posterior q(xs | xt, x0)
+        if sampler == "ddpm":                            # posterior mean plus a draw: DDPM eq. 6, 7, algorithm 2
+            mean = (ab_s ** 0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - ab_s) * xt) / (1 - ab_t)
+            xt = mean + var ** 0.5 * next(noise)
+        elif sampler == "ddim":                          # same marginals, eta times its noise: DDIM eq. 12
+            xt = ab_s ** 0.5 * x0 + (1 - ab_s - eta ** 2 * var) ** 0.5 * eps
+            if eta > 0:
+                xt = xt + eta * var ** 0.5 * next(noise)
+        else:                                            # dpmpp_2m: a line through two x0; 2211.01095 algorithm 2
+            lam = 0.5 * math.log(ab_t / (1 - ab_t))      # log of signal over noise
+            h = 0.5 * math.log(ab_s / (1 - ab_s)) - lam
+            ahead = 0 if x0_old is None else 0.5 * h / (lam - lam_old) * (x0 - x0_old)
+            xt = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * xt - ab_s ** 0.5 * math.expm1(-h) * (x0 + ahead)
+            x0_old, lam_old = x0, lam
+
+
+def guided(model, y, cond, cfg_scale):
+    """model with labels y and condition cond, either may be None, as (xt, t) -> out; guidance as in 2207.12598."""
+    def call(xt, t):
+        if y is None or cfg_scale == 1:
+            return model(xt, t, y, cond)
+        twice = [None if a is None else torch.cat([a, a]) for a in (xt, t, cond)]
+        labels = torch.cat([y, torch.full_like(y, model.y_null)])
+        with_y, without = model(twice[0], twice[1], labels, twice[2]).chunk(2)
+        return without + cfg_scale * (with_y - without)
+    return call
+
+
+def make_condition(kind, x0, box=None):
+    """What picture translation sees of x0 (B, 3, H, W) -> (B, K, H, W) in [-1, 1], or None.
+
+    lowres: a quarter of the side; gray: luma; edges: Sobel slope; mask: x0 with a hole, and where the hole is.
+    box (B, 4) in [0, 1]: place and size of the hole; without it, the middle half."""
+    if kind == "none":
+        return None
+    if kind == "lowres":
+        return F.interpolate(F.avg_pool2d(x0, 4), scale_factor=4.0, mode="bilinear")
+    if kind == "mask":
+        box = torch.full((len(x0), 4), 0.5) if box is None else box
+        side = 0.25 + 0.5 * box[:, 2:]                                            # (B, 2), shares of the picture
+        low = (box[:, :2] * (1 - side)).to(x0.dtype).to(x0.device)[:, :, None]
+        high = low + side.to(x0.dtype).to(x0.device)[:, :, None]                  # (B, 2, 1)
+        at = [(torch.arange(n, device=x0.device) + 0.5) / n for n in x0.shape[2:]]
+        row, col = ((low[:, i] <= at[i]) & (at[i] < high[:, i]) for i in (0, 1))  # (B, H), (B, W)
+        hole = (row[:, :, None] & col[:, None, :])[:, None].to(x0.dtype)          # (B, 1, H, W)
+        return torch.cat([x0 * (1 - hole), 2 * hole - 1], 1)
+    gray = (x0 * x0.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    if kind == "gray":
+        return gray
+    sobel = x0.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
+    slope = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), torch.stack([sobel, sobel.T])[:, None])
+    return (2 * slope.square().sum(1, keepdim=True).sqrt() - 1).clamp(max=1)
+
+
+# -----------------------------------------------------------------------------
+# The model: ADM's UNet (2105.05233), on pixels or on patches, with label and condition as extras.
+
+
+class Attention(nn.Module):
+    """Self-attention over the positions of a feature map, in heads of 32 channels; starts as the identity."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.GroupNorm(32, c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x):                                                        # (B, C, H, W)
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, C // 32, 32, H * W)           # (B, 3, heads, 32, N)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, N, 32) each
+        out = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, 32)
+        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))          # (B, C, H, W)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the embedding scales and shifts the second norm (FiLM, ADM's adaptive GroupNorm)."""
+
+    def __init__(self, c_in, c_out, c_emb, attn, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.film = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(32, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attn = Attention(c_out) if attn else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # a block starts as its skip connection, so that deep nets train at once
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, emb):                                                   # (B, c_in, H, W), (B, c_emb)
+        h = self.conv1(F.silu(self.norm1(x)))                                    # (B, c_out, H, W)
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)              # (B, c_out, 1, 1) each
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)                          # (B, c_out, H, W)
+        return self.attn(self.skip(x) + self.conv2(self.dropout(h)))             # (B, c_out, H, W)
+
+
+class UNet(nn.Module):
+    """(xt, t, y, cond) -> out. xt (B, 3, H, W), t (B,) in 0..T-1, y (B,) labels, cond (B, c_cond, H, W).
+
+    With patch > 1 the UNet works on patches, patch^2 times cheaper. A thin path of two convolutions at full
+    resolution, from its input past it to its output, hides the seams between the patches.
+    # differs from the paper: as many blocks on the way up as on the way down, not one more, which is faster."""
+
+    def __init__(self, size, patch, width, mults, blocks, attn, dropout, n_classes=0, c_cond=0):
+        super().__init__()
+        c, side, D, c_thin = width, size // patch, 4 * width, 8 if patch > 1 else 0
+        self.width, self.patch, self.y_null = width, patch, n_classes  # the label after the last means "no label"
+        self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
+        self.label = nn.Embedding(n_classes + 1, D) if n_classes else None
+        self.thin_in = nn.Conv2d(3 + c_cond, c_thin, 3, padding=1) if patch > 1 else nn.Identity()
+        self.conv_in = nn.Conv2d((c_thin or 3 + c_cond) * patch ** 2, c, 3, padding=1)
+        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), []
+        for i, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.down.append(ResBlock(c, width * mult, D, side <= attn, dropout))
+                c = width * mult
+                skips.append(c)
+            if i < len(mults) - 1:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                side //= 2
+        self.mid = nn.ModuleList([ResBlock(c, c, D, True, dropout), ResBlock(c, c, D, False, dropout)])
+        for i, mult in reversed(list(enumerate(mults))):
+            for _ in range(blocks):
+                self.up.append(ResBlock(c + skips.pop(), width * mult, D, side <= attn, dropout))
+                c = width * mult
+            if i > 0:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
+                side *= 2
+        self.norm = nn.GroupNorm(32, c)
+        self.conv_out = nn.Conv2d(c, (c_thin or 3) * patch ** 2, 3, padding=1)
+        self.thin_out = nn.Conv2d(2 * c_thin, 3, 3, padding=1) if patch > 1 else nn.Identity()
+        last = self.thin_out if patch > 1 else self.conv_out
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, xt, t, y=None, cond=None):                                 # (B, 3, H, W), (B,)
+        freq = torch.exp(-math.log(10_000) / (self.width // 2) * torch.arange(self.width // 2, device=xt.device))
+        angle = t[:, None] * freq                                                # (B, width / 2)
+        emb = self.time(torch.cat([angle.cos(), angle.sin()], 1).to(xt.dtype))   # (B, D)
+        if self.label is not None:
+            emb = emb + self.label(torch.full_like(t, self.y_null) if y is None else y)
+        emb = F.silu(emb)
+        thin = self.thin_in(xt if cond is None else torch.cat([xt, cond], 1))    # (B, c_thin, H, W)
+        h = self.conv_in(F.pixel_unshuffle(thin, self.patch))                    # (B, width, H / patch, W / patch)
+        skips = []
+        for layer in self.down:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+                skips.append(h)
+            else:
+                h = layer(h)                                                     # half the side
+        for layer in self.mid:
+            h = layer(h, emb)                                                    # the lowest resolution
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, ResBlock) else layer(h)
+        h = F.pixel_shuffle(self.conv_out(F.silu(self.norm(h))), self.patch)     # (B, c_thin, H, W)
+        return self.thin_out(torch.cat([F.silu(h), thin], 1)) if self.patch > 1 else h
+
+
+# -----------------------------------------------------------------------------
+# Data: whatever --data names becomes one memory-mapped uint8 array, read once, in parallel, and kept in data/cache.
+
+DRAWN_FACES = 20_000  # size of the drawn set; the drawing never ends, but epochs and a held-out part need an end
+PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+ANIMAL_FACES_URL = "https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1"  # where StarGAN v2's download.sh gets it
+FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44), "white": (240, 238, 242),
+        "black": (56, 54, 64), "cream": (240, 210, 166)}
+EYES = {"green": (70, 200, 84), "blue": (52, 148, 255), "amber": (255, 186, 32), "violet": (186, 88, 232)}
+BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 146, 190), "yellow": (255, 212, 52),
+               "purple": (160, 122, 232), "teal": (44, 178, 184)}
+# A face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle of the head,
+# y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on each side. Of ear,
+# head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the whole face down.
+TRAITS = {
+    "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
+                front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
+                       ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
+    "dog": dict(drop=.02, head=(.62, .66), muzzle=(.16, .30, .22, .20), nose=.14,
+                front=[("mark", .62, -.04, .24, .46, -16, .4), ("pink", 0, .56, .11, .15)]),
+    "fox": dict(drop=.12, ear=(.46, -.56, .46, .50, 20, 1.2), head=(.98, .66, 180, .8), muzzle=(.07, .38, .12, .12),
+                nose=.10, front=[("light", .44, .24, .34, .40, 112, 1)]),
+    "bear": dict(drop=.06, ear=(.52, -.48, .24, .24), head=(.74, .66), muzzle=(.12, .28, .22, .19), nose=.14),
+    "rabbit": dict(drop=.36, ear=(.27, -.78, .19, .50, 10), head=(.64, .54), muzzle=(.12, .22, .16, .13), nose=.07,
+                   front=[("white", .045, .37, .045, .08)]),
+    "lion": dict(drop=.02, ear=(.46, -.44, .18, .18), head=(.60, .57), muzzle=(.13, .26, .17, .15), nose=.13,
+                 back=[("mark", .65 * np.sin(a), .65 * np.cos(a), .26, .26) for a in np.linspace(0, np.pi, 8)]),
+    "tiger": dict(drop=.08, ear=(.54, -.46, .21, .21), head=(.76, .64), muzzle=(.16, .27, .21, .18), nose=.12,
+                  front=[("mark", 0, -.45, .07, .19, 180, 1), ("mark", .20, -.44, .07, .16, 190, 1),
+                         ("mark", .57, -.02, .09, .16, 258, 1), ("mark", .55, .18, .09, .16, 280, 1)]),
+    "mouse": dict(drop=.18, ear=(.58, -.46, .40, .40), head=(.72, .60, 180, .35), muzzle=(.08, .33, .13, .11), nose=.08,
+                  front=[("white", .46, .30, .012, .22, 80), ("white", .46, .39, .012, .22, 94)])}
+SPECIES = tuple(TRAITS)
+
+
+def draw_face(seed, index, size):
+    """One animal face -> picture (size, size, 3) uint8, label (its place in SPECIES), caption.
+
+    Species, fur, eyes and background are uniform and independent; position, zoom, tilt, head width, ears, eyes, gaze
+    and light vary a little. All come from (seed, index) alone: another size is the same picture, only sharper."""
+    rng = np.random.default_rng((seed, index))
+    species, fur, eye, ground = (list(t)[rng.integers(len(t))] for t in (SPECIES, FURS, EYES, BACKGROUNDS))
+    dx, dy, zoom, turn, wide, ear_size, perk, eye_size, apart, gaze, lamp_x, lamp_y = rng.uniform(-1, 1, 12).tolist()
+    trait, base, ink, white, pink = TRAITS[species], FURS[fur], (44, 32, 44), (255, 255, 255), (246, 132, 150)
+
+    def mix(a, b, k):
+        return tuple(round(u + (v - u) * k) for u, v in zip(a, b))
+    # stripes, mane and shade are darker than the fur, but paler than black fur, so that they are always seen
+    shade, k = (white, .5) if fur == "black" else ((66, 34, 48), 1)
+    colour = {"fur": base, "dark": mix(base, shade, .28 * k), "mark": mix(base, shade, .52 * k),
+              "light": mix(base, white, .3 + .3 * k), "inner": mix(base, pink, .7), "blush": mix(base, pink, .4),
+              "halo": mix(BACKGROUNDS[ground], white, .25), "eye": EYES[eye], "ink": ink, "white": white, "pink": pink}
+    # back to front: halo, body, ears, head, cheeks, what marks the species, mouth, muzzle, nose, eyes
+    parts = [("halo", 0, 0, .88, .88), ("dark", 0, 1.1, .55, .5), ("light", 0, 1, .26, .4), *trait.get("back", ())]
+    if "ear" in trait:
+        x, y, rx, ry, tilt, tip = (*trait["ear"], 0, 0)[:6]
+        rx, ry, tilt = rx * (1 + .1 * ear_size), ry * (1 + .1 * ear_size), tilt + 6 * perk
+        parts += [("dark", x, y, rx, ry, tilt, tip), ("inner", x, y + .12 * ry, .62 * rx, .68 * ry, tilt, tip)]
+    rx, ry, *tip = trait["head"]
+    x, y, mx, my = trait["muzzle"]
+    nose, r, ex, ey = trait["nose"], .155 + .012 * eye_size, .30 + .02 * apart, -.06
+    parts += [("dark", 0, .02, rx, ry, *tip), ("fur", 0, -.015, .98 * rx, .97 * ry, *tip), ("blush", .45, .2, .12, .08),
+              *trait.get("front", ()), ("ink", 0, y + .7 * my, .7 * mx, .6 * my), ("light", x, y, mx, my),
+              ("light", 0, y - .02, x, .7 * my), ("ink", 0, y + .1 * my, .014, .7 * my),
+              ("ink", 0, y - .5 * my, nose, .75 * nose, 180, .3),
+              ("light", 0, y - .5 * my - .35 * nose, .4 * nose, .15 * nose),
+              ("ink", ex, ey, r, 1.1 * r), ("eye", ex, ey, .84 * r, .94 * r)]
+    parts = [(c, s * x, y, rx, ry, s * tilt, tip) for c, x, y, rx, ry, tilt, tip in ((*p, 0, 0)[:7] for p in parts)
+             for s in ((-1, 1) if x > 0 else (1,))]
+    for x in (-ex, ex):  # not mirrored: both pupils look the same way, both catch-lights show the same lamp
+        parts += [("ink", x + .025 * gaze, ey, .44 * r, .56 * r, 0, 0), ("white", x - .05, ey - .06, .04, .04, 0, 0),
+                  ("white", x + .05, ey + .07, .02, .02, 0, 0)]
+
+    # all outlines at once, x + iy as complex numbers, so that to turn is to multiply                 (parts, 72 points)
+    x, y, rx, ry, tilt, tip = np.array([p[1:] for p in parts]).T[..., None]
+    t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    z = x + 1j * y + (rx * np.sin(t) * np.sin(t / 2) ** tip - 1j * ry * np.cos(t)) * np.exp(1j * np.radians(tilt))
+    middle = .05 * dx + 1j * (trait["drop"] + .04 * dy)
+    z = (z + .05 * wide * z.real) * (.96 + .05 * zoom) * np.exp(1j * np.radians(7 * turn)) + middle
+    fine = size * (4 if size <= 128 else 2)  # drawn larger, then averaged down: Pillow's polygons have hard edges
+    image = Image.new("RGB", (fine, fine), BACKGROUNDS[ground])
+    draw = ImageDraw.Draw(image)
+    for part, outline in zip(parts, ((z.view(float) + 1) * fine / 2 - .5).tolist()):  # pixel centres are at i + 1/2
+        draw.polygon(outline, fill=colour[part[0]])
+
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + .5) * (2 / size) - 1
+    rim = np.exp(-((np.hypot(x - middle.real, y - middle.imag) - .72) / .16) ** 2)  # the soft shadow that rounds a head
+    light = 1.05 - .05 * lamp_x * x - (.07 + .03 * lamp_y) * y - .05 * (x * x + y * y) - .10 * rim
+    picture = np.clip(np.asarray(image.reduce(fine // size)) * light[..., None], 0, 255).astype(np.uint8)
+    caption = f"{'an' if fur == 'orange' else 'a'} {fur} {species} with {eye} eyes on a {ground} background"
+    return picture, SPECIES.index(species), caption
+
+
+def read_picture(file, size):
+    """Any image that Pillow opens -> uint8 (size, size, 3): upright, on white, centre-cropped, antialiased."""
+    with Image.open(file) as im:
+        im.draft("RGB", (2 * size, 2 * size))  # JPEG only: decode at 1/2, 1/4 or 1/8 where that is large enough
+        im = ImageOps.exif_transpose(im)
+        if im.mode.startswith("I"):            # 16 bits, which Pillow's convert would clip at 255
+            im = Image.fromarray((np.asarray(im) / 257).clip(0, 255).astype(np.uint8))
+        if im.has_transparency_data:
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+        return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size), Image.LANCZOS))
+
+
+def list_pictures(path):
+    """A folder or .zip -> names, classes, labels, stamps (what tells a changed set). Classes are the top sub-folders;
+    one folder around everything is looked through, and where there is a train/ folder, it is the set."""
+    if path.is_dir():
+        files = [(p.relative_to(path).as_posix(), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            files = [(i.filename, i.file_size, i.CRC) for i in z.infolist()]
+    else:
+        raise Stop(f"--data {path} " + ("is not a folder, .zip or .npz of pictures" if path.exists() else "does not exist"))
+    files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not f[0].startswith("__MACOSX")]
+    parts = [f[0].split("/") for f in files]
+    while len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 2:
+        parts = [p[1:] for p in parts]
+    train = [i for i, p in enumerate(parts) if p[0] == "train"]
+    if train:
+        files, parts = [files[i] for i in train], [parts[i][1:] for i in train]
+    classes = sorted({p[0] for p in parts if len(p) > 1}) or ["all"]
+    return [f[0] for f in files], classes, [classes.index(p[0]) if len(p) > 1 else 0 for p in parts], files
+
+
+class Pictures(torch.utils.data.Dataset):
+    """What --data names, one by one: item i is (uint8 (size, size, 3), label), or (why it cannot be read, -1)."""
+
+    def __init__(self, data, size):
+        self.data, self.size, self.file, path = str(data), size, None, Path(data)
+        if self.data == "drawn_faces":
+            self.names, self.classes, self.labels = range(DRAWN_FACES), list(SPECIES), None
+            stamps = [inspect.getsource(draw_face), TRAITS, FURS, EYES, BACKGROUNDS]  # edit the drawing: a new set
+        elif path.suffix == ".npz" and path.is_file():
+            try:
+                with np.load(path) as f:
+                    self.file, y = f["images"], f["labels"] if "labels" in f else np.zeros(len(f["images"]), int)
+            except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
+                raise Stop(f"--data {path} is not an .npz with an array named images: {e}")
+            if self.file.dtype != np.uint8 or self.file.shape[3:] != (3,) or y.shape != self.file.shape[:1]:
+                raise Stop(f"--data {path}: images has to be uint8 (N, height, width, 3), labels (N,)")
+            classes, labels = np.unique(y, return_inverse=True)
+            self.names, self.classes, self.labels = range(len(y)), [str(c) for c in classes], labels.tolist()
+            stamps = [path.stat().st_size, path.stat().st_mtime_ns]
+        else:
+            self.names, self.classes, self.labels, stamps = list_pictures(path)
+        about = [os.path.abspath(path), size, inspect.getsource(read_picture), stamps]
+        self.key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        name = self.names[i]
+        try:
+            if self.data == "drawn_faces":
+                return draw_face(0, i, self.size)[:2]
+            if isinstance(self.file, np.ndarray):
+                picture = ImageOps.fit(Image.fromarray(self.file[i]), (self.size, self.size), Image.LANCZOS)
+                return np.asarray(picture), self.labels[i]
+            if os.path.isdir(self.data):
+                return read_picture(os.path.join(self.data, name), self.size), self.labels[i]
+            self.file = self.file or zipfile.ZipFile(self.data)  # opened here, because each worker needs its own
+            with self.file.open(name) as f:
+                return read_picture(f, self.size), self.labels[i]
+        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as e:
+            return f"{name}: {e}", -1  # what Pillow and zipfile raise for broken files
+
+
+class Data(NamedTuple):
+    """images uint8 (N, size, size, 3), labels (N,); train and val hold the numbers of the pictures on either side."""
+    name: str
+    key: str
+    classes: list
+    broken: list
+    images: np.ndarray
+    labels: np.ndarray
+    train: np.ndarray
+    val: np.ndarray
+
+
+def prepare_data(data, size):
+    """Reads the pictures into data/cache/NAME-SIZE-KEY.npy and .json, unless they are there -> that path."""
+    source = Pictures(animal_faces() if data == "animal_faces" else data, size)
+    cache = Path("data/cache", f"{Path(source.data).stem}-{size}-{source.key}.npy")
+    if cache.exists():
+        return cache
+    if len(source) < 16:
+        raise Stop(f"--data {data} holds {len(source)} pictures; training takes at least 16")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part, labels, broken = cache.with_suffix(f".{os.getpid()}.part"), [], []
+    try:
+        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(source), size, size, 3))
+        loader = torch.utils.data.DataLoader(source, 32, num_workers=min(os.cpu_count(), 16), collate_fn=list)
+        with tqdm(total=len(source), desc=f"reading {source.data}", disable=None) as bar:
+            for picture, label in itertools.chain.from_iterable(loader):
+                bar.update()
+                if label < 0:
+                    broken.append(picture)
+                else:
+                    images[len(labels)] = picture
+                    labels.append(label)
+        if len(broken) > 0.05 * len(source) or len(labels) < 16:
+            raise Stop(f"{len(broken)} of the {len(source)} pictures in {data} cannot be read, among them {broken[0]}")
+        images.flush()
+        about = dict(name=source.data, key=source.key, classes=source.classes, labels=labels, broken=broken)
+        write_atomically(cache.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
+        os.replace(part, cache)
+    finally:
+        part.unlink(missing_ok=True)
+    return cache
+
+
+def open_data(cache):
+    """The Data that prepare_data made. A fixed tenth, at most 256 pictures, is held out, the same in every run."""
+    about = json.loads(cache.with_suffix(".json").read_text())
+    n = len(about["labels"])
+    shuffled, n_val = np.random.default_rng(0).permutation(n), min(256, n // 10)
+    return Data(about["name"], about["key"], about["classes"], about["broken"], np.load(cache, mmap_mode="r")[:n],
+                np.array(about["labels"]), np.sort(shuffled[n_val:]), np.sort(shuffled[:n_val]))
+
+
+def animal_faces():
+    """Where the AFHQ photographs are: data/animal_faces, downloaded if need be; "drawn_faces" if they cannot be had."""
+    folder, file = Path("data/animal_faces"), Path("data/animal_faces/afhq.zip")
+    if folder.is_dir() and not file.exists() and any(p.name.lower().endswith(PICTURE_FILES) for p in folder.rglob("*")):
+        return folder
+    try:
+        if not file.exists():
+            print("animal_faces: AFHQ of StarGAN v2, licence CC BY-NC 4.0 (not for commercial use)", flush=True)
+            download(ANIMAL_FACES_URL, file, zipfile.is_zipfile)
+        return file
+    except Stop as e:
+        print(f"animal_faces cannot be had, so drawn_faces take their place: {e}", flush=True)
+        return "drawn_faces"
+
+
+def load_pictures(data, i, device):
+    """Pictures i -> float (len(i), 3, size, size) in [-1, 1] on device."""
+    x = torch.from_numpy(data.images[i]).to(device, non_blocking=True)
+    return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """The inverse: (B, 3, H, W) in [-1, 1] -> numpy uint8 (B, H, W, 3)."""
+    return ((x.float() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# -----------------------------------------------------------------------------
+# Utilities, the same text in every script that has them.
+
+
+class Stop(Exception):
+    """Ends the script with one sentence; code is the exit status: 2 for wrong input, 1 for a failure at run time."""
+
+    def __init__(self, sentence, code=2):
+        super().__init__(sentence)
+        self.code = code
+
+
+def pick_device(name):
+    """torch.device for --device; auto takes CUDA, else MPS, else the CPU. Raises Stop when there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise Stop(f"--device {name} cannot be used on this machine: {str(e).splitlines()[0]}")
+
+
+def pick_dtype(name, device):
+    """torch.dtype of the network's arithmetic; auto takes bf16 where the hardware has it, which halves the time."""
+    if name == "auto":
+        cpuinfo = Path("/proc/cpuinfo")
+        has_bf16 = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else
+                    device.type == "cpu" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text())
+        name = "bf16" if has_bf16 else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def mix(*numbers):
+    """Whole numbers -> one seed; any change of any of them gives an unrelated one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def image_noise(seed, indices, shape, device):
+    """Endless standard normal noise (len(indices), *shape), picture i from its own generator of (seed, i): the same at
+    any batch size. Drawn on the CPU, so the same on any device too."""
+    generators = [torch.Generator().manual_seed(mix(seed, i)) for i in indices]
+    while True:
+        yield torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    """The order of n training examples in an epoch, from (seed, epoch): resume needs no state."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, in one fused call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def write_atomically(path, write):
+    """write(file) into path by way of a temporary file: a full disk or a killed process leaves the old one whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns an OSError into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise Stop(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; what was there before is intact", 1)
+
+
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+                      torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+                      torch.bool: "BOOL"}
+
+
+def save_safetensors(path, tensors, metadata):
+    """The safetensors format by hand: 8 bytes of header length, a JSON header, then the raw tensors end to end.
+    Widest type first, as the library orders them, keeps every tensor aligned."""
+    header, end, order = {"__metadata__": metadata}, 0, sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
+    for k in order:
+        v, start = tensors[k], end
+        end += v.numel() * v.element_size()
+        header[k] = {"dtype": SAFETENSORS_DTYPES[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(f):
+        f.write(struct.pack("<Q", len(text)) + text)
+        for k in order:
+            f.write(tensors[k].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    write_atomically(path, write)
+
+
+def load_safetensors(path):
+    """-> {name: tensor}, memory-mapped, and the metadata. Raises Stop unless all offsets fit the file and the shapes."""
+    try:
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        header, tensors = json.loads(data[8:start]), {}
+        metadata = header.pop("__metadata__", {})
+        for k, v in header.items():
+            dtype = {name: d for d, name in SAFETENSORS_DTYPES.items()}[v["dtype"]]
+            (low, high), shape = v["data_offsets"], v["shape"]
+            if not 0 <= low <= high <= len(data) - start or high - low != math.prod(shape) * dtype.itemsize or min(shape + [0]):
+                raise ValueError(f"{k} does not fit into it")
+            flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + low) if high > low else []
+            tensors[k] = torch.as_tensor(flat, dtype=dtype).view(shape)
+        return tensors, metadata
+    except OSError as e:
+        raise Stop(f"cannot read {path}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError, OverflowError) as e:
+        raise Stop(f"{path} is not a whole .safetensors file: {e}")
+
+
+def load_weights(model, tensors, path):
+    """load_state_dict that says in a sentence why the weights in `path` are not those of this model."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in tensors.items()}
+    wrong = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+    if wrong:
+        raise Stop(f"{path} is of another architecture: {len(wrong)} weights do not match, such as {wrong[0]}, "
+                   f"{have.get(wrong[0], 'missing')} where the model has {want.get(wrong[0], 'none')}")
+    model.load_state_dict(tensors)
+
+
+def load_checkpoint(path, script):
+    """The dict in a ckpt.pt. Raises Stop for a missing or damaged file and for one of another script."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"script", "args", "step", "model", "ema", "opt", "key"} <= set(state):
+            raise ValueError("it lacks entries")
+    except OSError as e:
+        raise Stop(f"--resume {path}: {e.strerror or e}")
+    except Exception as e:  # a damaged file can raise anything
+        raise Stop(f"--resume {path} is not a whole ckpt.pt: {type(e).__name__}")
+    if state["script"] != script:
+        raise Stop(f"--resume {path} was made by {state['script']}, not by {script}")
+    return state
+
+
+def download(url, path, is_whole=lambda path: True, tries=5):
+    """url -> path, on from path.part if that exists, checked against the size the server names. Raises Stop."""
+    part, by_hand = path.with_name(path.name + ".part"), f"fetch {url} by hand and put it at {path}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(tries):
+        have, size = part.stat().st_size if part.exists() else 0, None
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer, open(part, "ab") as f:
+                if answer.status != 206:  # the whole file, whatever was asked for
+                    have = f.truncate(0)
+                size = have + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+                with tqdm(total=size, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                    while block := answer.read(1 << 20):
+                        bar.update(f.write(block))
+        except urllib.error.HTTPError as e:
+            if e.code == 416 and have:    # the part is as long as the file or longer: start afresh
+                part.unlink()
+                continue
+            raise Stop(f"the server says {e.code} {e.reason}; {by_hand}", 1)
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+            if attempt == tries - 1 or not part.exists() or part.stat().st_size == have:  # no progress
+                raise Stop(f"no connection ({getattr(e, 'reason', e)}); {by_hand}", 1)
+            continue
+        if size is not None and part.stat().st_size < size:  # cut off: go on from here
+            continue
+        if is_whole(part):
+            os.replace(part, path)
+            return
+        break
+    part.unlink(missing_ok=True)
+    raise Stop(f"what came is not the file; {by_hand}", 1)
+
+
+def setup(args):
+    """-> device, rank, world. torchrun sets RANK, and then the same file runs as one of WORLD_SIZE processes."""
+    device, rank, world = pick_device(args.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device, rank, world
+
+
+def sum_over_ranks(x):
+    """Sum of a tensor over all processes; x itself when there is one."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM are noted, so that the step in hand can end; a second one ends at once. code: 0, 130, 143."""
+
+    def __init__(self):
+        self.code = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if self.code:
+            raise KeyboardInterrupt
+        self.code = 128 + number
+
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10": 125, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the GPU by its data sheet, None where it is not listed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * v for k, v in PEAK_TFLOPS.items() if k in name), None)
+
+
+def tile(pictures, columns):
+    """uint8 (N, H, W, 3) -> one picture of rows and columns, white where the last row has gaps."""
+    n, H, W, _ = pictures.shape
+    rows = -(-n // columns)
+    full = np.full((rows * columns, H, W, 3), 255, np.uint8)
+    full[:n] = pictures
+    return full.reshape(rows, columns, H, W, 3).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, 3)
+
+
+def save_png(path, picture):
+    """uint8 (H, W, 3) -> file, small pictures enlarged by a whole number so that pixels can be seen."""
+    k = max(1, 512 // max(picture.shape[:2]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.repeat(k, 0).repeat(k, 1)).save(path)
+
+
+def save_gif(path, frames, ms=120):
+    """uint8 (H, W, 3) frames -> an endless GIF that rests on its last frame."""
+    frames = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[ms] * (len(frames) - 1) + [2000], loop=0)
+
+
+def plot_loss(path, records):
+    """log.jsonl's records -> a picture of loss (gray) and val_loss (blue) over steps, logarithmic."""
+    curves = [[(r["step"], math.log10(r[k])) for r in records if r.get(k)] for k in ("loss", "val_loss")]
+    points = [p for c in curves for p in c]
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+    image = Image.new("RGB", (640, 400), "white")
+    draw = ImageDraw.Draw(image)
+    place = lambda x, y: (60 + 560 * (x - x0) / max(x1 - x0, 1), 360 - 330 * (y - y0) / max(y1 - y0, 1e-9))
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        draw.line([place(x0, y), place(x1, y)], "#dddddd")
+        draw.text((8, place(x0, y)[1] - 6), f"{10 ** y:.4f}", "black")
+    for curve, colour, width in zip(curves, ("#999999", "#1f5fbf"), (1, 3)):
+        draw.line([place(x, y) for x, y in curve], colour, width)
+    draw.text((60, 370), f"step {x0}", "black")
+    draw.text((560, 370), f"step {x1}", "black")
+    draw.text((250, 8), "loss (gray), validation loss of the EMA weights (blue)", "black")
+    image.save(path)
+
+
+# -----------------------------------------------------------------------------
+# Sampling and training.
+
+ARCHITECTURE = "size patch width mults blocks attn dropout class_cond condition schedule pred".split()
+FREE_ON_RESUME = "device dtype compile accum sampler sample_steps eta cfg_scale resume smoke".split()
+P_UNCOND = 0.1  # share of labels that training hides, so that one network learns both sides of the guidance
+
+
+def build_model(args, n_classes):
+    """The UNet that the flags describe."""
+    return UNet(args.size, args.patch, args.width, args.mults, args.blocks, args.attn, args.dropout,
+                n_classes if args.class_cond else 0, CONDITION_CHANNELS[args.condition])
+
+
+def adopt(args, saved, keys, path):
+    """Take the settings `keys` from a checkpoint; one given by hand that differs is an error, not a surprise."""
+    for k in sorted(keys):
+        if k not in saved or None is not getattr(args, k) and type(saved[k]) is not type(getattr(args, k)):
+            raise Stop(f"{path} does not say what --{k} was; has it been edited?")
+        if k in args.given and getattr(args, k) != saved[k]:
+            raise Stop(f"--{k} {getattr(args, k)} contradicts {path}, which was made with {saved[k]}")
+        setattr(args, k, saved[k])
+
+
+def train_batch(data, args, step, device, rank, world):
+    """Pictures and all randomness of one step -> x0, eps, t, y, box, of which each rank gets its share.
+
+    Drawn for the whole batch from (seed, step), so that any number of processes trains on the same numbers."""
+    B, g = args.batch_size, torch.Generator().manual_seed(mix(args.seed, step))
+    mine, n = slice(B * rank // world, B * (rank + 1) // world), len(data.train)
+    t, u = torch.randint(0, T, (B,), generator=g)[mine], torch.rand((B, 6), generator=g)[mine]
+    g = torch.Generator(device).manual_seed(mix(args.seed, step, 1))
+    eps = torch.randn((B, 3, args.size, args.size), generator=g, device=device)[mine]
+    i = data.train[[shuffled(n, args.seed, k // n)[k % n] for k in range(step * B + mine.start, step * B + mine.stop)]]
+    x0 = load_pictures(data, i, device)
+    if args.flip:
+        x0 = torch.where((u[:, 0] < 0.5).to(device).view(-1, 1, 1, 1), x0.flip(-1), x0)
+    y = torch.where(u[:, 1] < P_UNCOND, len(data.classes), torch.from_numpy(data.labels[i])).to(device)
+    return x0, eps, t, y if args.class_cond else None, u[:, 2:]
+
+
+@torch.no_grad()
+def validate(model, data, args, alpha_bar, device, rank, world):
+    """Loss on the held-out pictures at fixed t and noise, t evenly spread -> the mean, and a list by tenth of 0..T-1."""
+    total, n = torch.zeros(2, 10, dtype=torch.float64), len(data.val)
+    for i in np.array_split(np.arange(n)[rank::world], -(-n // (world * 64))):
+        t = torch.from_numpy((i * T + T // 2) // n)
+        x0, y = load_pictures(data, data.val[i], device), torch.from_numpy(data.labels[data.val[i]]).to(device)
+        cond, eps = make_condition(args.condition, x0), next(image_noise(args.seed + 1, i, x0.shape[1:], device))
+        call = guided(model, y if args.class_cond else None, cond, 1.0)
+        loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).double().cpu()
+        total += torch.stack([torch.bincount(t * 10 // T, w, 10) for w in (loss, torch.ones_like(loss))])
+    total = sum_over_ranks(total.float().to(device)).cpu()
+    return (total[0].sum() / total[1].sum()).item(), (total[0] / total[1].clamp(min=1)).tolist()
+
+
+def generate(model, args, alpha_bar, indices, device, y=None, cond=None, noise=None, on_step=None):
+    """Samples number `indices` (len, 3, size, size), a function of (seed, index) alone at any batch size."""
+    noise = noise or image_noise(args.seed, indices, (3, args.size, args.size), device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(args.dtype, device) == torch.bfloat16):
+        return sample(guided(model, y, cond, args.cfg_scale), noise, alpha_bar, args.pred, args.sampler,
+                      args.sample_steps, args.eta, on_step)
+
+
+def draw_pictures(out, ema, data, args, alpha_bar, device, y, cond):
+    """What a finished run shows: forward.png, reverse.gif, interpolation.png, training.gif."""
+    x0, levels = load_pictures(data, data.val[:6], device), [0, 50, 100, 200, 400, 600, 800, 999]
+    eps = next(image_noise(args.seed, range(len(x0)), x0.shape[1:], device))
+    steps = torch.stack([add_noise(x0, eps, alpha_bar[t].item()) for t in levels], 1)    # (6, levels, 3, H, W)
+    save_png(out / "forward.png", tile(to_uint8(steps.flatten(0, 1)), len(levels)))
+
+    frames, n = [], 16
+    y, cond = None if y is None else y[:n], None if cond is None else cond[:n]
+    generate(ema, args, alpha_bar, range(n), device, y, cond, on_step=lambda t, xt, x0: frames.append(
+        np.concatenate([tile(to_uint8(x), 4) for x in (xt, x0)], 1)))                    # noisy left, its guess right
+    save_gif(out / "reverse.gif", frames)
+
+    a, b = next(image_noise(args.seed, range(8), x0.shape[1:], device)).chunk(2)
+    angle = torch.linspace(0, math.pi / 2, 8, device=device).view(1, -1, 1, 1, 1)        # a path of constant variance
+    between = (angle.cos() * a[:, None] + angle.sin() * b[:, None]).flatten(0, 1)
+    still = argparse.Namespace(**{**vars(args), "sampler": "ddim", "eta": 0.0})          # no noise on the way
+    y, cond = (None if c is None else c[:4].repeat_interleave(8, 0) for c in (y, cond))
+    x = generate(ema, still, alpha_bar, None, device, y, cond, iter([between]))
+    save_png(out / "interpolation.png", tile(to_uint8(x), 8))
+    save_gif(out / "training.gif", [np.asarray(Image.open(p)) for p in sorted(out.glob("samples/*.png"))], 500)
+
+
+def train(args):
+    """The whole run; everything random follows from (seed, step), so a run that was cut goes on as if it had not been."""
+    began, (device, rank, world), state = time.time(), setup(args), None
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
+    if args.resume:
+        state = load_checkpoint(args.resume, "ddpm_images.py")
+        free = FREE_ON_RESUME + [k for k in ("steps", "out", "eval_every") if k in args.given]
+        adopt(args, state["args"], vars(args).keys() - set(free) - {"given"}, args.resume)
+    if args.batch_size % (world * args.accum):
+        raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
+    paths = [prepare_data(args.data, args.size) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(paths)
+    data = open_data(paths[0])
+    if data.broken:
+        say(f"{len(data.broken)} pictures cannot be read and are left out: " + "; ".join(data.broken[:9]))
+    if state and state["key"] != data.key:
+        raise Stop(f"--data {args.data} is not what {args.resume} was trained on: the pictures have changed")
+    if args.class_cond and len(data.classes) < 2:
+        raise Stop("--class_cond needs pictures in at least two sub-folders (or an .npz with labels)")
+
+    torch.manual_seed(mix(args.seed))
+    model = build_model(args, len(data.classes)).to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # measured: a gain on CUDA, a loss on the CPU
+    ema, start, best = copy.deepcopy(model).eval().requires_grad_(False), 0, math.inf
+    opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
+    if state:
+        load_weights(model, state["model"], args.resume)
+        load_weights(ema, state["ema"], args.resume)
+        try:
+            opt.load_state_dict(state["opt"])
+            start, best = int(state["step"]), float(state["best"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise Stop(f"--resume {args.resume} has been edited: {e!r}")
+    raw_model = model
+    if args.compile:
+        raw_model.compile()
+    if world > 1:
+        model = DistributedDataParallel(raw_model, device_ids=[device] if device.type == "cuda" else None)
+
+    out, alpha_bar, dtype = Path(args.out), make_alpha_bar(args.schedule), pick_dtype(args.dtype, device)
+    settings = {k: v for k, v in vars(args).items() if k != "given"}
+    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    log_every, n_show, log = max(1, min(50, args.steps // 50)), 64 if device.type == "cuda" else 36, []
+    shown = load_pictures(data, data.val[:n_show], device)
+    n_show = len(shown) if args.condition != "none" else n_show
+    cond = make_condition(args.condition, shown)
+    y = torch.arange(n_show, device=device) % len(data.classes) if args.class_cond else None
+    flops, peak = 0, peak_flops(device)
+    if peak:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            ema(shown[:1], torch.zeros(1, dtype=torch.long, device=device), None, None if cond is None else cond[:1])
+        flops = 3 * counter.get_total_flops()  # forward once, backward twice; 2 per multiply-add
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if state and (out / "log.jsonl").exists():
+            log = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= start]
+        elif (out / "ckpt.pt").exists():
+            say(f"{out} holds an earlier run: its ckpt.pt and model.safetensors are kept as *.old")
+            for name in ("ckpt.pt", "model.safetensors"):
+                if (out / name).exists():
+                    os.replace(out / name, out / f"{name}.old")
+        for old in out.glob("samples/*.png"):
+            if int(old.stem) > start or not state:
+                old.unlink()
+        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, {str(dtype)[6:]}; "
+        f"{sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; everything goes to {out}")
+    say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
+
+    def save(step):
+        if rank == 0:
+            about = dict(script="ddpm_images.py", args=settings, step=step, key=data.key, best=best, classes=data.classes)
+            write_atomically(out / "ckpt.pt", lambda f: torch.save(dict(
+                about, model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()), f))
+            save_safetensors(out / "model.safetensors", ema.state_dict(), dict(
+                format="pt", script="ddpm_images.py", kind="unet", args=json.dumps(settings),
+                data=json.dumps(dict(name=data.name, key=data.key, classes=data.classes, step=step))))
+
+    interrupt, loss_sum, seen, clock = Interrupt(), torch.zeros((), device=device), 0, time.time()
+    bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
+    for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
+        record, last = {}, step == args.steps
+        if step > start and (step % log_every == 0 or last):
+            stats = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, interrupt.code)])).tolist()
+            interrupt.code = interrupt.code or 130 * (stats[1] > 0)  # a signal to any rank stops all
+            loss, rate = stats[0] / seen, seen * args.batch_size / (time.time() - clock)
+            if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
+                raise Stop(f"training has diverged: the loss is {loss:.3g} at step {step}; try a tenth of --lr {args.lr}", 1)
+            record = dict(step=step, loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate, seconds=time.time() - began)
+            if device.type == "cuda":
+                record.update(peak_gb=torch.cuda.max_memory_allocated(device) / 2 ** 30)
+                record.update({"mfu": flops * rate / world / peak} if peak else {})
+            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
+            loss_sum.zero_()
+            seen, clock = 0, time.time()
+        if interrupt.code and (world == 1 or record):
+            save(step)
+            raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", interrupt.code)
+        if step > start and step % args.eval_every == 0 or last:
+            with amp():
+                val, bins = validate(ema, data, args, alpha_bar, device, rank, world)
+            best = min(best, val)
+            record.update(step=step, val_loss=val, val_bins=bins)
+            if rank == 0:
+                grid = generate(ema, args, alpha_bar, range(n_show), device, y, cond)
+                if cond is not None:  # what it was given, what it made of it, what it was
+                    grid = torch.stack([cond[:, :3].expand(-1, 3, -1, -1), grid, shown], 1).flatten(0, 1)
+                columns = int(n_show ** 0.5) if cond is None else 9
+                save_png(out / f"samples/{step:06d}.png", tile(to_uint8(grid), columns))
+            save(step)
+            clock = time.time()
+        if record and rank == 0:
+            log.append(record)
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+            if bar.disable or "val_loss" in record:
+                tqdm.write("  ".join(f"{k} {record[k]:.{d}f}" for k, d in dict(
+                    step=0, loss=4, val_loss=4, img_per_s=0, mfu=3, seconds=0).items() if k in record))
+        if last:
+            break
+
+        for group in opt.param_groups:
+            group["lr"] = args.lr * min((step + 1) / 50, (args.steps - step) / args.steps)
+        torch.manual_seed(mix(args.seed, rank, step))  # dropout
+        x0, eps, t, labels, box = train_batch(data, args, step, device, rank, world)
+        for i, part in enumerate(torch.arange(len(x0)).chunk(args.accum)):
+            p = slice(part[0], part[-1] + 1)
+            if world > 1:
+                model.require_backward_grad_sync = i == args.accum - 1  # gradients are averaged once per step
+            with amp():
+                given = make_condition(args.condition, x0[p], box[p])
+                call = guided(model, None if labels is None else labels[p], given, 1.0)
+                loss = loss_fn(call, x0[p], eps[p], t[p], alpha_bar, args.pred, args.min_snr).mean() / args.accum
+            loss.backward()
+            loss_sum += loss.detach()
+        nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        update_ema(ema, raw_model, min(args.ema_decay, (1 + step) / (10 + step)))  # warm-up: forget the random start
+        seen += 1
+        bar.update()
+    bar.close()
+    if rank == 0:
+        draw_pictures(out, ema, data, args, alpha_bar, device, y, cond)
+        plot_loss(out / "loss.png", log)
+        say(f"done in {time.time() - began:.0f} s; the samples are {out / f'samples/{args.steps:06d}.png'}")
+
+
+def sample_only(args):
+    """--sample N --ckpt FILE: pictures from a finished model, as generated/000000.png ... and one grid."""
+    device, rank, world = setup(args)
+    tensors, about = load_safetensors(args.ckpt)
+    if about.get("script") != "ddpm_images.py":
+        raise Stop(f"{args.ckpt} was made by {about.get('script', 'another program')}, not by ddpm_images.py")
+    try:
+        saved, classes = json.loads(about["args"]), json.loads(about["data"])["classes"]
+        adopt(args, saved, ARCHITECTURE, args.ckpt)
+    except (KeyError, TypeError, ValueError) as e:
+        raise Stop(f"the header of {args.ckpt} does not describe a model: {e!r}")
+    model = build_model(args, len(classes)).to(device).eval().requires_grad_(False)
+    load_weights(model, tensors, args.ckpt)
+    if (args.condition == "none") != (args.input is None):
+        raise Stop(f"{args.ckpt} " + ("draws from noise alone, so --input has no use" if args.input else
+                                      f"translates pictures ({args.condition}): name some with --input FOLDER"))
+    n, given = args.sample, None
+    if args.input:
+        source = Pictures(args.input, args.size)
+        n = min(n, len(source))
+        given = [source[i][0] for i in range(n)]
+        wrong = [g for g in given if isinstance(g, str)]
+        if wrong or not given:
+            raise Stop(f"--input {args.input}: " + (f"cannot read {wrong[0]}" if wrong else "no pictures in it"))
+        given = torch.from_numpy(np.stack(given)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    out = Path(args.out)
+    (out / "generated").mkdir(parents=True, exist_ok=True)
+    for old in out.glob("generated/*.png") if rank == 0 else ():
+        old.unlink()  # a larger earlier set must not mix with this one
+    sum_over_ranks(torch.zeros(1, device=device))  # all wait for that
+    began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.arange(n)[rank::world]
+    for i in tqdm(np.array_split(mine, -(-len(mine) // 64)) if len(mine) else [], "sampling", disable=True if rank else None):
+        y = torch.as_tensor(i % len(classes), device=device) if args.class_cond else None
+        cond = None if given is None else make_condition(args.condition, given[i].to(device))
+        x = to_uint8(generate(model, args, alpha_bar, i, device, y, cond))
+        rows = [x] if given is None else [to_uint8(cond[:, :3].expand(-1, 3, -1, -1)), x, to_uint8(given[i])]
+        for j, picture in zip(i, x):
+            Image.fromarray(picture).save(out / f"generated/{j:06d}.png")
+        if i[0] == 0:  # the first batch as a grid; with --input: what it was given, what it made of it, what it was
+            save_png(out / "generated.png", tile(np.stack(rows, 1).reshape(-1, *x.shape[1:]), 9 if len(rows) > 1 else 8))
+    sum_over_ranks(torch.zeros(1, device=device))
+    if rank == 0:
+        print(f"{n} pictures in {out / 'generated'}, the first of them together in {out / 'generated.png'}; "
+              f"{args.sampler}, {args.sample_steps} steps, {time.time() - began:.0f} s on {device} x {world}")
+
+
+# -----------------------------------------------------------------------------
+# Start: what was asked for, and one sentence with an exit status when it cannot be had.
+
+
+def main(argv=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args = parse_args(argv)
+        if args.sample:
+            sample_only(args)
+        else:
+            train(args)
+            if args.smoke:
+                again = ["--smoke", "--sample", "4", "--ckpt", f"{args.out}/model.safetensors", "--out", args.out]
+                sample_only(parse_args(again + ["--device", args.device]))
+        return 0
+    except Stop as e:
+        sentence, code = str(e), e.code
+    except KeyboardInterrupt:
+        sentence, code = "stopped before there was anything to save", 130
+    except torch.OutOfMemoryError:
+        sentence, code = "the GPU's memory is full: raise --accum or lower --batch_size", 1
+    except OSError as e:
+        sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if int(os.environ.get("RANK", 0)) == 0 or code == 1:
+        print(f"ddpm_images.py: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
