@@ -125,7 +125,8 @@ def parse_args(argv=None):
     for name in "size width blocks patch steps batch_size accum eval_every sample_steps sample".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} has to be at least 1")
-    for name, top in dict(lr=math.inf, ema_decay=1, dropout=1, eta=1, min_snr=math.inf, cfg_scale=math.inf, seed=2**63).items():
+    for name in "lr ema_decay dropout eta min_snr cfg_scale seed".split():
+        top = 1 if name in ("ema_decay", "dropout", "eta") else 2 ** 63
         if not 0 <= getattr(args, name) <= top:
             p.error(f"--{name} has to lie between 0 and {top}")
     if not all(m.isdecimal() and int(m) for m in args.mults.split(",")):
@@ -284,7 +285,7 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; the embedding scales and shifts the second norm (FiLM, ADM's adaptive GroupNorm)."""
+    """Norm, SiLU, convolution, twice; the embedding scales and shifts the second norm (FiLM; ADM section 3)."""
 
     def __init__(self, c_in, c_out, c_emb, attn, dropout):
         super().__init__()
@@ -482,7 +483,7 @@ def list_pictures(path):
         with zipfile.ZipFile(path) as z:
             files = [(i.filename, i.file_size, i.CRC) for i in z.infolist()]
     else:
-        raise Stop(f"--data {path} " + ("is not a folder, .zip or .npz of pictures" if path.exists() else "does not exist"))
+        raise Stop(f"--data {path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
     files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not f[0].startswith("__MACOSX")]
     parts = [f[0].split("/") for f in files]
     while len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 2:
@@ -497,10 +498,10 @@ def list_pictures(path):
 class Pictures(torch.utils.data.Dataset):
     """What --data names, one by one: item i is (uint8 (size, size, 3), label), or (why it cannot be read, -1)."""
 
-    def __init__(self, data, size):
+    def __init__(self, data, size, drawn=DRAWN_FACES):
         self.data, self.size, self.file, path = str(data), size, None, Path(data)
         if self.data == "drawn_faces":
-            self.names, self.classes, self.labels = range(DRAWN_FACES), list(SPECIES), None
+            self.names, self.classes, self.labels = range(drawn), list(SPECIES), None
             stamps = [inspect.getsource(draw_face), TRAITS, FURS, EYES, BACKGROUNDS]  # edit the drawing: a new set
         elif path.suffix == ".npz" and path.is_file():
             try:
@@ -515,7 +516,7 @@ class Pictures(torch.utils.data.Dataset):
             stamps = [path.stat().st_size, path.stat().st_mtime_ns]
         else:
             self.names, self.classes, self.labels, stamps = list_pictures(path)
-        about = [os.path.abspath(path), size, inspect.getsource(read_picture), stamps]
+        about = [os.path.abspath(path), size, len(self.names), inspect.getsource(read_picture), stamps]
         self.key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
     def __len__(self):
@@ -550,9 +551,9 @@ class Data(NamedTuple):
     val: np.ndarray
 
 
-def prepare_data(data, size):
+def prepare_data(data, size, drawn=DRAWN_FACES):
     """Reads the pictures into data/cache/NAME-SIZE-KEY.npy and .json, unless they are there -> that path."""
-    source = Pictures(animal_faces() if data == "animal_faces" else data, size)
+    source = Pictures(animal_faces() if data == "animal_faces" else data, size, drawn)
     cache = Path("data/cache", f"{Path(source.data).stem}-{size}-{source.key}.npy")
     if cache.exists():
         return cache
@@ -635,7 +636,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device).item()  # raises for a device that is named right but is not there
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise Stop(f"--device {name} cannot be used on this machine: {str(e).splitlines()[0]}")
@@ -712,17 +713,17 @@ def save_safetensors(path, tensors, metadata):
 
 
 def load_safetensors(path):
-    """-> {name: tensor}, memory-mapped, and the metadata. Raises Stop unless all offsets fit the file and the shapes."""
+    """-> {name: tensor}, memory-mapped, and the metadata. Raises Stop unless offsets, shapes and file agree."""
     try:
         with open(path, "rb") as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + struct.unpack("<Q", data[:8])[0]
+        start, dtypes = 8 + struct.unpack("<Q", data[:8])[0], {name: d for d, name in SAFETENSORS_DTYPES.items()}
         header, tensors = json.loads(data[8:start]), {}
         metadata = header.pop("__metadata__", {})
         for k, v in header.items():
-            dtype = {name: d for d, name in SAFETENSORS_DTYPES.items()}[v["dtype"]]
-            (low, high), shape = v["data_offsets"], v["shape"]
-            if not 0 <= low <= high <= len(data) - start or high - low != math.prod(shape) * dtype.itemsize or min(shape + [0]):
+            dtype, shape, (low, high) = dtypes[v["dtype"]], v["shape"], v["data_offsets"]
+            size_fits = high - low == math.prod(shape) * dtype.itemsize and min(shape + [0]) == 0
+            if not (size_fits and 0 <= low <= high <= len(data) - start):
                 raise ValueError(f"{k} does not fit into it")
             flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + low) if high > low else []
             tensors[k] = torch.as_tensor(flat, dtype=dtype).view(shape)
@@ -920,7 +921,7 @@ def train_batch(data, args, step, device, rank, world):
 
 @torch.no_grad()
 def validate(model, data, args, alpha_bar, device, rank, world):
-    """Loss on the held-out pictures at fixed t and noise, t evenly spread -> the mean, and a list by tenth of 0..T-1."""
+    """Loss on the held-out pictures at fixed noise and evenly spread t -> the mean, and the mean by tenths of T."""
     total, n = torch.zeros(2, 10, dtype=torch.float64), len(data.val)
     for i in np.array_split(np.arange(n)[rank::world], -(-n // (world * 64))):
         t = torch.from_numpy((i * T + T // 2) // n)
@@ -965,7 +966,7 @@ def draw_pictures(out, ema, data, args, alpha_bar, device, y, cond):
 
 
 def train(args):
-    """The whole run; everything random follows from (seed, step), so a run that was cut goes on as if it had not been."""
+    """The whole run. All that is random follows from (seed, step), so a run goes on where it was cut, bit for bit."""
     began, (device, rank, world), state = time.time(), setup(args), None
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.resume:
@@ -974,7 +975,7 @@ def train(args):
         adopt(args, state["args"], vars(args).keys() - set(free) - {"given"}, args.resume)
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
-    paths = [prepare_data(args.data, args.size) if rank == 0 else None]
+    paths = [prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(paths)
     data = open_data(paths[0])
@@ -990,7 +991,7 @@ def train(args):
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # measured: a gain on CUDA, a loss on the CPU
     ema, start, best = copy.deepcopy(model).eval().requires_grad_(False), 0, math.inf
-    opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
+    opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
     if state:
         load_weights(model, state["model"], args.resume)
         load_weights(ema, state["ema"], args.resume)
@@ -1031,15 +1032,15 @@ def train(args):
             if int(old.stem) > start or not state:
                 old.unlink()
         (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
-    say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, {str(dtype)[6:]}; "
-        f"{sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; everything goes to {out}")
+    say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, "
+        f"{str(dtype)[6:]}; {sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; writes to {out}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
 
     def save(step):
         if rank == 0:
-            about = dict(script="ddpm_images.py", args=settings, step=step, key=data.key, best=best, classes=data.classes)
-            write_atomically(out / "ckpt.pt", lambda f: torch.save(dict(
-                about, model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()), f))
+            state = dict(script="ddpm_images.py", args=settings, step=step, key=data.key, best=best,
+                         model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
+            write_atomically(out / "ckpt.pt", functools.partial(torch.save, state))
             save_safetensors(out / "model.safetensors", ema.state_dict(), dict(
                 format="pt", script="ddpm_images.py", kind="unet", args=json.dumps(settings),
                 data=json.dumps(dict(name=data.name, key=data.key, classes=data.classes, step=step))))
@@ -1053,8 +1054,9 @@ def train(args):
             interrupt.code = interrupt.code or 130 * (stats[1] > 0)  # a signal to any rank stops all
             loss, rate = stats[0] / seen, seen * args.batch_size / (time.time() - clock)
             if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
-                raise Stop(f"training has diverged: the loss is {loss:.3g} at step {step}; try a tenth of --lr {args.lr}", 1)
-            record = dict(step=step, loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate, seconds=time.time() - began)
+                raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged; try a lower --lr", 1)
+            lr = opt.param_groups[0]["lr"]
+            record = dict(step=step, loss=loss, lr=lr, img_per_s=rate, seconds=time.time() - began)
             if device.type == "cuda":
                 record.update(peak_gb=torch.cuda.max_memory_allocated(device) / 2 ** 30)
                 record.update({"mfu": flops * rate / world / peak} if peak else {})
@@ -1145,7 +1147,8 @@ def sample_only(args):
         old.unlink()  # a larger earlier set must not mix with this one
     sum_over_ranks(torch.zeros(1, device=device))  # all wait for that
     began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.arange(n)[rank::world]
-    for i in tqdm(np.array_split(mine, -(-len(mine) // 64)) if len(mine) else [], "sampling", disable=True if rank else None):
+    batches = [mine[k:k + 64] for k in range(0, len(mine), 64)]
+    for i in tqdm(batches, "sampling", disable=True if rank else None):
         y = torch.as_tensor(i % len(classes), device=device) if args.class_cond else None
         cond = None if given is None else make_condition(args.condition, given[i].to(device))
         x = to_uint8(generate(model, args, alpha_bar, i, device, y, cond))
@@ -1153,7 +1156,8 @@ def sample_only(args):
         for j, picture in zip(i, x):
             Image.fromarray(picture).save(out / f"generated/{j:06d}.png")
         if i[0] == 0:  # the first batch as a grid; with --input: what it was given, what it made of it, what it was
-            save_png(out / "generated.png", tile(np.stack(rows, 1).reshape(-1, *x.shape[1:]), 9 if len(rows) > 1 else 8))
+            rows = np.stack(rows, 1).reshape(-1, *x.shape[1:])
+            save_png(out / "generated.png", tile(rows, 8 if given is None else 9))
     sum_over_ranks(torch.zeros(1, device=device))
     if rank == 0:
         print(f"{n} pictures in {out / 'generated'}, the first of them together in {out / 'generated.png'}; "
