@@ -51,12 +51,12 @@ from tqdm import tqdm
 # Knobs. A preset fills in what is not given by hand; --help shows the values of the one in force.
 
 PRESETS = {
-    "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=8, dropout=0.0, steps=900, batch_size=64,
-                lr=1e-3, ema_decay=0.99, eval_every=150, sample_steps=25),
-    "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, steps=100_000,
-                batch_size=256, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
-    "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, steps=2, batch_size=16,
-                  lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4),
+    "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
+                steps=1800, batch_size=32, lr=1e-3, ema_decay=0.99, eval_every=300, sample_steps=25),
+    "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
+                steps=100_000, batch_size=256, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
+    "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
+                  steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4),
 }
 CONDITION_CHANNELS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "mask": 4}
 
@@ -89,8 +89,8 @@ def parse_args(argv=None):
     g.add_argument("--dropout", type=float, help="dropout inside the residual blocks")
     g = p.add_argument_group("diffusion")
     g.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="how alpha_bar falls from 1 to 0")
-    g.add_argument("--pred", choices=["eps", "v", "x0"], default="v", help="what the network predicts")
-    g.add_argument("--min_snr", type=float, default=0.0, help="gamma of min-SNR loss weights (the paper: 5); 0 = off")
+    g.add_argument("--pred", choices=["eps", "v", "x0"], help="what the network predicts")
+    g.add_argument("--min_snr", type=float, help="gamma of min-SNR loss weights (the paper: 5); 0 = off")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
@@ -552,44 +552,40 @@ class Data(NamedTuple):
 
 
 def prepare_data(data, size, drawn=DRAWN_FACES):
-    """Reads the pictures into data/cache/NAME-SIZE-KEY.npy and .json, unless they are there -> that path."""
+    """Reads the pictures into data/cache/NAME-SIZE-KEY.uint8 and .json, unless they are there -> that path."""
     source = Pictures(animal_faces() if data == "animal_faces" else data, size, drawn)
-    cache = Path("data/cache", f"{Path(source.data).stem}-{size}-{source.key}.npy")
+    cache = Path("data/cache", f"{Path(source.data).stem}-{size}-{source.key}.uint8")
     if cache.exists():
         return cache
     if len(source) < 16:
         raise Stop(f"--data {data} holds {len(source)} pictures; training takes at least 16")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    part, labels, broken = cache.with_suffix(f".{os.getpid()}.part"), [], []
-    try:
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(source), size, size, 3))
+    about = dict(name=source.data, key=source.key, classes=source.classes, size=size, labels=[], broken=[])
+
+    def write(f):
         loader = torch.utils.data.DataLoader(source, 32, num_workers=min(os.cpu_count(), 16), collate_fn=list)
-        with tqdm(total=len(source), desc=f"reading {source.data}", disable=None) as bar:
-            for picture, label in itertools.chain.from_iterable(loader):
-                bar.update()
-                if label < 0:
-                    broken.append(picture)
-                else:
-                    images[len(labels)] = picture
-                    labels.append(label)
-        if len(broken) > 0.05 * len(source) or len(labels) < 16:
-            raise Stop(f"{len(broken)} of the {len(source)} pictures in {data} cannot be read, among them {broken[0]}")
-        images.flush()
-        about = dict(name=source.data, key=source.key, classes=source.classes, labels=labels, broken=broken)
-        write_atomically(cache.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
-        os.replace(part, cache)
-    finally:
-        part.unlink(missing_ok=True)
+        for picture, label in tqdm(itertools.chain.from_iterable(loader), "reading", len(source), disable=None):
+            if label < 0:
+                about["broken"].append(picture)
+            else:
+                f.write(picture.tobytes())
+                about["labels"].append(label)
+        if len(about["broken"]) > 0.05 * len(source) or len(about["labels"]) < 16:
+            raise Stop(f"{len(about['broken'])} of the {len(source)} pictures in {data} cannot be read, among them "
+                       + about["broken"][0])
+        write_atomically(cache.with_suffix(".json"), lambda g: g.write(json.dumps(about).encode()))
+    write_atomically(cache, write)
     return cache
 
 
 def open_data(cache):
-    """The Data that prepare_data made. A fixed tenth, at most 256 pictures, is held out, the same in every run."""
+    """The Data that prepare_data made. A tenth, at most 256 pictures, is held out, the same in every run."""
     about = json.loads(cache.with_suffix(".json").read_text())
     n = len(about["labels"])
     shuffled, n_val = np.random.default_rng(0).permutation(n), min(256, n // 10)
-    return Data(about["name"], about["key"], about["classes"], about["broken"], np.load(cache, mmap_mode="r")[:n],
-                np.array(about["labels"]), np.sort(shuffled[n_val:]), np.sort(shuffled[:n_val]))
+    images = np.memmap(cache, np.uint8, "r", shape=(n, about["size"], about["size"], 3))
+    return Data(about["name"], about["key"], about["classes"], about["broken"], images, np.array(about["labels"]),
+                np.sort(shuffled[n_val:]), np.sort(shuffled[:n_val]))
 
 
 def animal_faces():
@@ -679,14 +675,15 @@ def update_ema(ema, model, decay):
 
 def write_atomically(path, write):
     """write(file) into path by way of a temporary file: a full disk or a killed process leaves the old one whole."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
             write(f)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch.save turns an OSError into a RuntimeError
-        part.unlink(missing_ok=True)
         raise Stop(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; what was there before is intact", 1)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -836,6 +833,16 @@ def peak_flops(device):
     return next((1e12 * v for k, v in PEAK_TFLOPS.items() if k in name), None)
 
 
+def peak_memory(device):
+    """Most memory ever held, in GiB: of the GPU, or of the process (not measured on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if sys.platform == "win32":
+        return None
+    import resource  # not there on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
 def tile(pictures, columns):
     """uint8 (N, H, W, 3) -> one picture of rows and columns, white where the last row has gaps."""
     n, H, W, _ = pictures.shape
@@ -965,6 +972,23 @@ def draw_pictures(out, ema, data, args, alpha_bar, device, y, cond):
     save_gif(out / "training.gif", [np.asarray(Image.open(p)) for p in sorted(out.glob("samples/*.png"))], 500)
 
 
+def begin_log(out, start, resumed):
+    """Make the folder fit to go on from step `start` -> the log so far. A new run keeps the weights of an old one."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("ckpt.pt", "model.safetensors"):
+        if not resumed and (out / name).exists():
+            os.replace(out / name, out / f"{name}.old")
+            print(f"{out / name} of an earlier run is now {name}.old", flush=True)
+    for grid in out.glob("samples/*.png"):
+        if not resumed or int(grid.stem) > start:
+            grid.unlink()
+    log = out / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()] if resumed and log.exists() else []
+    records = [r for r in records if r["step"] <= start]
+    log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return records
+
+
 def train(args):
     """The whole run. All that is random follows from (seed, step), so a run goes on where it was cut, bit for bit."""
     began, (device, rank, world), state = time.time(), setup(args), None
@@ -1000,6 +1024,8 @@ def train(args):
             start, best = int(state["step"]), float(state["best"])
         except (KeyError, TypeError, ValueError) as e:
             raise Stop(f"--resume {args.resume} has been edited: {e!r}")
+    if start > args.steps:
+        raise Stop(f"{args.resume} has done {start} steps already; say how far to go on with --steps")
     raw_model = model
     if args.compile:
         raw_model.compile()
@@ -1009,7 +1035,7 @@ def train(args):
     out, alpha_bar, dtype = Path(args.out), make_alpha_bar(args.schedule), pick_dtype(args.dtype, device)
     settings = {k: v for k, v in vars(args).items() if k != "given"}
     amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    log_every, n_show, log = max(1, min(50, args.steps // 50)), 64 if device.type == "cuda" else 36, []
+    log_every, n_show = max(1, min(50, args.steps // 50)), 64
     shown = load_pictures(data, data.val[:n_show], device)
     n_show = len(shown) if args.condition != "none" else n_show
     cond = make_condition(args.condition, shown)
@@ -1019,28 +1045,16 @@ def train(args):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ema(shown[:1], torch.zeros(1, dtype=torch.long, device=device), None, None if cond is None else cond[:1])
         flops = 3 * counter.get_total_flops()  # forward once, backward twice; 2 per multiply-add
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if state and (out / "log.jsonl").exists():
-            log = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= start]
-        elif (out / "ckpt.pt").exists():
-            say(f"{out} holds an earlier run: its ckpt.pt and model.safetensors are kept as *.old")
-            for name in ("ckpt.pt", "model.safetensors"):
-                if (out / name).exists():
-                    os.replace(out / name, out / f"{name}.old")
-        for old in out.glob("samples/*.png"):
-            if int(old.stem) > start or not state:
-                old.unlink()
-        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    log = begin_log(out, start, resumed=state is not None) if rank == 0 else []
     say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, "
         f"{str(dtype)[6:]}; {sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; writes to {out}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
 
     def save(step):
         if rank == 0:
-            state = dict(script="ddpm_images.py", args=settings, step=step, key=data.key, best=best,
-                         model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
-            write_atomically(out / "ckpt.pt", functools.partial(torch.save, state))
+            ckpt = dict(script="ddpm_images.py", args=settings, step=step, key=data.key, best=best,
+                        model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
+            write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
             save_safetensors(out / "model.safetensors", ema.state_dict(), dict(
                 format="pt", script="ddpm_images.py", kind="unet", args=json.dumps(settings),
                 data=json.dumps(dict(name=data.name, key=data.key, classes=data.classes, step=step))))
@@ -1049,24 +1063,23 @@ def train(args):
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
         record, last = {}, step == args.steps
-        if step > start and (step % log_every == 0 or last):
+        evaluate = last or step > start and step % args.eval_every == 0
+        if step > start and (step % log_every == 0 or evaluate or interrupt.code and world == 1):
             stats = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, interrupt.code)])).tolist()
             interrupt.code = interrupt.code or 130 * (stats[1] > 0)  # a signal to any rank stops all
             loss, rate = stats[0] / seen, seen * args.batch_size / (time.time() - clock)
             if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged; try a lower --lr", 1)
             lr = opt.param_groups[0]["lr"]
-            record = dict(step=step, loss=loss, lr=lr, img_per_s=rate, seconds=time.time() - began)
-            if device.type == "cuda":
-                record.update(peak_gb=torch.cuda.max_memory_allocated(device) / 2 ** 30)
-                record.update({"mfu": flops * rate / world / peak} if peak else {})
+            record = dict(step=step, loss=loss, lr=lr, img_per_s=rate, seconds=time.time() - began,
+                          peak_gb=peak_memory(device), **({"mfu": flops * rate / world / peak} if peak else {}))
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
             loss_sum.zero_()
             seen, clock = 0, time.time()
-        if interrupt.code and (world == 1 or record):
+        if interrupt.code and record:  # a loss that was looked at, so what is saved is sound
             save(step)
             raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", interrupt.code)
-        if step > start and step % args.eval_every == 0 or last:
+        if evaluate:
             with amp():
                 val, bins = validate(ema, data, args, alpha_bar, device, rank, world)
             best = min(best, val)

@@ -1,0 +1,337 @@
+"""Speed, memory and quality of ddpm_images.py on this machine, as Markdown tables.
+
+    make bench                           # both parts; judges out/ddpm_images/model.safetensors when that exists
+    python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch; some minutes
+    python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers dpmpp_2m:25,ddim:50
+    python tests/bench.py --parts quality --pictures some/folder
+
+For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
+"""
+import argparse
+import copy
+import datetime
+import functools
+import hashlib
+import inspect
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+THREADS = torch.get_num_threads()  # torch's own choice, all cores; the next import sets two
+import conftest  # noqa: E402, finds the scripts, and makes torchvision importable, which the peer needs
+import ddpm_images as d  # noqa: E402
+
+
+def machine(device):
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = info.partition("model name")[2].partition("\n")[0].lstrip("\t: ") or platform.processor() or "CPU"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {os.cpu_count()} cores, {THREADS} threads"
+    return f"{name}; torch {torch.__version__}; {datetime.date.today()}; load average {os.getloadavg()[0]:.1f}"
+
+
+def table(head, rows):
+    print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n", flush=True)
+
+
+# -----------------------------------------------------------------------------
+# Part step: one training step beside a peer of the same size of parameters, pictures and batch. Each does what its own
+# trainer does: noise and t, forward, backward, clipping, optimizer, EMA. Loading the pictures is left out for both.
+
+PEER = "denoising-diffusion-pytorch"
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def build(who, size, patch, setting, device):
+    """-> step(), one training step of `who`; batch size, number of parameters, and what they make up."""
+    torch.manual_seed(0)
+    args = d.parse_args(["--preset", "cpu", "--device", device, "--size", str(size), "--patch", str(patch)])
+    layout = torch.channels_last if "channels_last" in setting else torch.contiguous_format
+    x = torch.rand(args.batch_size, 3, size, size, device=device).contiguous(memory_format=layout)
+    model, about = d.build_model(args, len(d.SPECIES)), f"patch={patch}"
+    if who == PEER:
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+        from ema_pytorch import EMA
+        with torch.device("meta"):  # parameters are counted, not made
+            dim, mults = min(((dim, mults) for mults in ((1, 2, 4), (1, 2, 4, 8)) for dim in range(8, 82, 2)),
+                             key=lambda shape: abs(count(Unet(shape[0], dim_mults=shape[1])) - count(model)))
+        model, about = GaussianDiffusion(Unet(dim, dim_mults=mults), image_size=size), f"dim={dim}, dim_mults={mults}"
+    model = model.to(device, memory_format=layout)
+    if who == PEER:  # as in its Trainer
+        opt, ema = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99)), EMA(model, beta=0.995, update_every=10)
+        loss_of, average = (lambda: model(x)), ema.to(device).update
+    else:            # as in train()
+        x0, alpha_bar, ema = 2 * x - 1, d.make_alpha_bar(args.schedule), copy.deepcopy(model).requires_grad_(False)
+        opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+        average = functools.partial(d.update_ema, ema, model, args.ema_decay)
+
+        def loss_of():
+            t, eps = torch.randint(0, d.T, (len(x0),)), torch.randn_like(x0)
+            call = d.guided(model, None, None, 1.0)
+            return d.loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).mean()
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled="bf16" in setting):
+            loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        average()
+    return step, len(x), count(model), f"{about}, {setting}"
+
+
+def seconds(step, device, n=1):
+    began = time.perf_counter()
+    for _ in range(n):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / n
+
+
+def memory(*case):
+    """GiB, in a fresh process. On a GPU the peak of what torch allocated; on the CPU, by how much two steps lift the
+    peak of the resident set above what it was before them. nan where there is no /proc."""
+    torch.set_num_threads(THREADS)
+    (step, *_), device, status = build(*case), case[-1], Path("/proc/self/status")
+
+    def resident(field):  # not getrusage: on Linux ru_maxrss of a child starts at the peak of its parent
+        return int(status.read_text().split(field)[1].split()[0]) / 2 ** 20 if status.exists() else math.nan
+    before = resident("VmRSS:")
+    seconds(step, device, 2)
+    return torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else resident("VmHWM:") - before
+
+
+def part_step(args):
+    settings, rows = ["bf16 channels_last"] if args.device == "cuda" else ["fp32"], []
+    if args.device == "cpu" and d.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16:
+        settings += ["bf16", "bf16 channels_last"]
+    for size, patch in ((d.PRESETS["cpu"]["size"], d.PRESETS["cpu"]["patch"]), (32, 1)):
+        best, times, text, used = {}, {"ours": [], PEER: []}, {}, {}
+        for who in times:  # each in the setting that suits it best
+            for case in [(who, size, patch, setting, args.device) for setting in settings]:
+                step, *about = build(*case)
+                took = min(seconds(step, args.device) for _ in range(3))  # of which the first is a warm-up
+                if who not in best or took < best[who][0]:
+                    best[who] = took, step, case, about
+        for _ in range(args.rounds):  # in turns, so that whatever else the machine does hits both alike
+            for who, (took, step, _, _) in best.items():
+                times[who].append(seconds(step, args.device, max(1, min(20, round(2 / took)))))
+        for who, (_, _, case, (batch, n, about)) in best.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                used[who] = fresh.submit(memory, *case).result()
+            text[who] = (f"{batch / statistics.median(times[who]):.1f} images/s, {used[who]:.2f} GiB; "
+                         f"{n / 1e6:.2f}M parameters, {about}")
+        ratios = [b / a for a, b in zip(times["ours"], times[PEER])]
+        rows.append([f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                     f"{used['ours'] / used[PEER]:.2f}", f"{size}x{size}, batch {batch}", text["ours"], text[PEER]])
+    print(f"\n## Training step\n\n{machine(args.device)}; medians (and range) of {args.rounds} alternating rounds")
+    table(["speed, ours / peer", "memory, ours / peer", "pictures", "ddpm_images.py", PEER], rows)
+    print("The first row is the cpu preset, whose UNet works on patches; the second compares UNets without them.\n"
+          + ("Memory: the peak of what torch allocated." if args.device == "cuda" else
+             "Memory: by how much two steps lift the resident set: activations, gradients, optimizer state."))
+
+
+# -----------------------------------------------------------------------------
+# Part quality: the species of a drawn face is known, so a classifier that was trained on faces of other seeds can judge
+# samples. It knows a ninth class, what is no animal, without which it would be sure of rubbish too.
+
+RUBBISH = ("noise", "shuffled patches", "strong blur", "halves of two species")  # the ninth class
+
+
+def draw_faces(seed, n, size):
+    """-> uint8 (n, size, size, 3), labels (n,). Every second is mirrored; scripts train on seed 0."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        faces = list(pool.map(functools.partial(d.draw_face, seed, size=size), range(n), chunksize=64))
+    return np.stack([f[0][:, ::1 - 2 * (i % 2)] for i, f in enumerate(faces)]), torch.tensor([f[1] for f in faces])
+
+
+def to_float(pictures):
+    """uint8 (N, H, W, 3) -> (N, 3, H, W) in [-1, 1]; contiguous, or norms take many times longer on a CPU."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def blur(x):
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def rubbish(kind, x, y):
+    """Faces x (B, 3, S, S) of species y -> pictures that show no species, at most B of them."""
+    B, _, S, _ = x.shape
+    if kind == "noise":  # fine or coarse, faint or strong
+        grain = torch.randn(B, 3, *[S // 2 ** torch.randint(0, 4, ()).item()] * 2)
+        return F.interpolate(grain, S) * 1.2 * torch.rand(B, 1, 1, 1) + x.mean((2, 3), keepdim=True)
+    if kind == "shuffled patches":
+        p = x.view(B, 3, 4, S // 4, 4, S // 4).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)   # (B, 16, 3, S / 4, S / 4)
+        p = p[torch.arange(B)[:, None], torch.rand(B, 16).argsort(1)].unflatten(1, (4, 4))
+        return p.permute(0, 3, 1, 4, 2, 5).reshape(B, 3, S, S)
+    if kind == "strong blur":
+        return F.interpolate(F.adaptive_avg_pool2d(x, torch.randint(2, 6, ()).item()), S, mode="bilinear")
+    share = torch.tensor(0.5)  # "average of two species", which the classifier is not trained on
+    if kind == "halves of two species":  # cut in any direction, sharply or softly
+        at, angle, soft = torch.linspace(-1, 1, S), 2 * math.pi * torch.rand(B, 1, 1, 1), torch.rand(B, 1, 1, 1) + 0.03
+        share = (6 * (at * angle.cos() + at[:, None] * angle.sin()) / soft).sigmoid()    # (B, 1, S, S)
+    return (share * x + (1 - share) * x.roll(1, 0))[y != y.roll(1, 0)]
+
+
+class Classifier(nn.Module):
+    """(N, 3, S, S) -> 64 features, each of variance 1 in training, and logits of the species and of no animal."""
+
+    def __init__(self):
+        super().__init__()
+        layers, c = [], (3, 32, 64, 96, 128)
+        for i in range(4):
+            layers += [nn.Conv2d(c[i], c[i + 1], 3, 1 if i else 2, 1), nn.BatchNorm2d(c[i + 1]), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if i else []
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c[-1], 64), nn.BatchNorm1d(64, affine=False)]
+        self.features, self.head = nn.Sequential(*layers), nn.Sequential(nn.ReLU(), nn.Linear(64, len(d.SPECIES) + 1))
+        self.register_buffer("reference", torch.zeros(2000, 64))  # features of fresh faces
+        self.register_buffer("accuracy", torch.zeros(()))         # on those
+
+    def forward(self, x):
+        features = self.features(x)
+        return features, self.head(features)
+
+    @torch.no_grad()
+    def judge(self, pictures):
+        """uint8 (N, S, S, 3) -> features (N, 64), probabilities (N, 9)."""
+        parts = [self(to_float(part)) for part in np.array_split(pictures, -(-len(pictures) // 256))]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]).softmax(1)
+
+
+@functools.lru_cache(maxsize=None)
+def species_classifier(size):
+    """The Classifier for pictures of this side: trained once, a minute or two on 2 cores, and kept in data/cache."""
+    model, sources = Classifier(), (d.draw_face, draw_faces, rubbish, Classifier, species_classifier)
+    about = repr([*map(inspect.getsource, sources), d.TRAITS, d.FURS, d.EYES, d.BACKGROUNDS])
+    cache = Path("data/cache", f"species-{size}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt")
+    if cache.exists():
+        model.load_state_dict(torch.load(cache, weights_only=True))
+        return model.eval()
+    print(f"training a classifier of {size}x{size} faces", file=sys.stderr, flush=True)
+    (pictures, labels), n_steps, B = draw_faces(1, 12_800, size), 400, 64
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier()
+        opt = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, n_steps)
+        for i in torch.randint(len(labels), (n_steps, B)):
+            x, y = to_float(pictures[i.numpy()]), labels[i]
+            bad = torch.cat([rubbish(kind, x[k::8], y[k::8]) for k, kind in enumerate(RUBBISH)])
+            x = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x, blur(x))  # a little soft, noisy, bright: still an animal
+            x, y = torch.cat([x, bad]), torch.cat([y, torch.full((len(bad),), len(d.SPECIES))])
+            x = x + 0.2 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x) + 0.3 * torch.rand(len(x), 1, 1, 1) - 0.15
+            F.cross_entropy(model(x.clamp(-1, 1))[1], y).backward()
+            opt.step()
+            opt.zero_grad()
+            schedule.step()
+    pictures, labels = draw_faces(2, len(model.reference), size)
+    model.reference[:], p = model.eval().judge(pictures)
+    model.accuracy.fill_((p.argmax(1) == labels).float().mean())
+    if model.accuracy < 0.99:
+        raise RuntimeError(f"the classifier knows only {100 * model.accuracy:.1f} % of fresh faces")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    d.write_atomically(cache, lambda f: torch.save(model.state_dict(), f))
+    return model
+
+
+def frechet(a, b):
+    """Fréchet distance of Gaussians fitted to features (N, D) in float64. tr (A B)^½ is the sum of the roots of the
+    eigenvalues of A^½ B A^½, which is symmetric."""
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    w, V = torch.linalg.eigh(A)
+    root = V * w.clamp(min=0).sqrt() @ V.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+
+
+def quality(pictures):
+    """uint8 (N, S, S, 3) -> confident, the share that is one of the species with p > 0.9; entropy, of the species among
+    those, in nats (nan if none); frechet, the distance of the features to those of 2,000 drawn faces."""
+    model = species_classifier(pictures.shape[1])
+    features, p = model.judge(pictures)
+    sure, species = p[:, :-1].max(1)
+    share = torch.bincount(species[sure > 0.9], minlength=len(d.SPECIES)).double()
+    entropy = torch.special.entr(share / share.sum()).sum().item()
+    return dict(confident=(sure > 0.9).double().mean().item(), entropy=entropy,
+                frechet=frechet(features, model.reference))
+
+
+def read_folder(folder):
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in d.PICTURE_FILES)
+    with d.Image.open(files[0]) as first:
+        size = min(first.size)
+    return np.stack([d.read_picture(p, size) for p in files])
+
+
+def samples(ckpt, sampler, args):
+    """uint8 (N, S, S, 3): what `--sample N --ckpt` of the script that made ckpt writes; sampler is such as ddim:50."""
+    (name, _, steps), script = sampler.partition(":"), conftest.ROOT / d.load_safetensors(ckpt)[1]["script"]
+    with tempfile.TemporaryDirectory() as out:
+        flags = dict(sample=args.n, ckpt=ckpt, sampler=name, sample_steps=steps, out=out, device=args.device)
+        command = [sys.executable, script, *(f"--{k}={v}" for k, v in flags.items())]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return read_folder(Path(out, "generated"))
+
+
+def part_quality(args):
+    sets = {str(folder): read_folder(folder) for folder in args.pictures}
+    default = Path("out/ddpm_images/model.safetensors")
+    for ckpt in args.ckpt or [default] * (default.exists() and not sets):
+        sets.update({f"{ckpt}, {sampler}": samples(ckpt, sampler, args) for sampler in args.samplers.split(",")})
+    for size in sorted({x.shape[1] for x in sets.values()} or {d.PRESETS["cpu"]["size"]}):
+        model, (real, y) = species_classifier(size), draw_faces(3, args.n, size)
+        x, floor = to_float(real), "fresh drawn faces: the floor"
+        torch.manual_seed(0)
+        known = {floor: x, "fresh drawn faces, a little blurred": blur(x), "Gaussian noise": torch.randn_like(x)}
+        known.update({f"no animal: {kind}": rubbish(kind, x, y) for kind in RUBBISH})
+        known["no animal, not in its training: average of two species"] = rubbish("average of two species", x, y)
+        shown = {k: v for k, v in sets.items() if v.shape[1] == size} | {k: d.to_uint8(v) for k, v in known.items()}
+        scores = {name: quality(pictures) for name, pictures in shown.items()}
+        print(f"\n## Quality of {size}x{size} pictures\n\n{machine(args.device)}; judged by a classifier that knows "
+              f"{100 * model.accuracy:.2f} % of 2,000 fresh drawn faces")
+        rows = [[f"{far / scores[floor]['frechet']:.1f}", f"{far:.2f}", f"{100 * sure:.1f} %",
+                 f"{entropy:.3f}".replace("nan", "-"), str(len(shown[name])), name]
+                for name, (sure, entropy, far) in ((name, q.values()) for name, q in scores.items())]
+        table(["Fréchet / floor", "Fréchet", "one species, p > 0.9", "entropy (ln 8 = 2.079)", "N", "pictures"], rows)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    parts = {"step": part_step, "quality": part_quality}
+    p.add_argument("--parts", default="step,quality", help="which of step,quality to run")
+    p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
+    p.add_argument("--ckpt", nargs="+", default=[], help="quality: model.safetensors files")
+    p.add_argument("--samplers", default="dpmpp_2m:25", help="quality: NAME:STEPS,... for each --ckpt")
+    p.add_argument("--pictures", nargs="+", default=[], help="quality: folders of pictures")
+    p.add_argument("--n", type=int, default=512, help="quality: pictures to sample and to draw")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args()
+    if set(args.parts.split(",")) - set(parts):
+        p.error("--parts takes step, quality, or both with a comma between")
+    torch.set_num_threads(THREADS)
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that it starts
+    for name in args.parts.split(","):
+        parts[name](args)
+
+
+if __name__ == "__main__":
+    main()
