@@ -54,10 +54,11 @@ PRESETS = {
     "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
                 steps=1800, batch_size=32, lr=1e-3, ema_decay=0.99, eval_every=300, sample_steps=25),
     "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
-                steps=100_000, batch_size=256, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
+                steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
     "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
                   steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4),
 }
+SCHEDULES, PREDICTIONS = ["cosine", "linear"], ["eps", "v", "x0"]
 CONDITION_CHANNELS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "mask": 4}
 
 
@@ -88,8 +89,8 @@ def parse_args(argv=None):
     g.add_argument("--patch", type=int, help="the UNet takes patches of this side for one position each; 1 = pixels")
     g.add_argument("--dropout", type=float, help="dropout inside the residual blocks")
     g = p.add_argument_group("diffusion")
-    g.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="how alpha_bar falls from 1 to 0")
-    g.add_argument("--pred", choices=["eps", "v", "x0"], help="what the network predicts")
+    g.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="how alpha_bar falls from 1 to 0")
+    g.add_argument("--pred", choices=PREDICTIONS, help="what the network predicts")
     g.add_argument("--min_snr", type=float, help="gamma of min-SNR loss weights (the paper: 5); 0 = off")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
@@ -120,28 +121,40 @@ def parse_args(argv=None):
     p.set_defaults(**PRESETS["smoke" if known.smoke else "gpu" if preset == "gpu" else "cpu"],
                    compile=preset == "gpu" and not known.smoke)
     args = p.parse_args(argv)
+    if all(m.isdecimal() for m in args.mults.split(",")):
+        args.mults = [int(m) for m in args.mults.split(",")]
+    check(args, p.error)
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
+    return args
 
+
+def check(args, error):
+    """Calls error(sentence) for settings that cannot be, given by hand or found in a checkpoint."""
     for name in "size width blocks patch steps batch_size accum eval_every sample_steps sample".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name} has to be at least 1")
+            error(f"--{name} has to be at least 1")
     for name in "lr ema_decay dropout eta min_snr cfg_scale seed".split():
         top = 1 if name in ("ema_decay", "dropout", "eta") else 2 ** 63
         if not 0 <= getattr(args, name) <= top:
-            p.error(f"--{name} has to lie between 0 and {top}")
-    if not all(m.isdecimal() and int(m) for m in args.mults.split(",")):
-        p.error("--mults takes positive whole numbers with commas between, such as 1,2,2")
-    args.mults = [int(m) for m in args.mults.split(",")]
+            error(f"--{name} has to lie between 0 and {top}")
+    if not args.mults or not all(isinstance(m, int) and m > 0 for m in args.mults):
+        error("--mults takes positive whole numbers with commas between, such as 1,2,2")
     unit = args.patch * 2 ** (len(args.mults) - 1)
     if args.size % unit:
-        p.error(f"--size has to be a multiple of {unit}: patches of {args.patch}, halved {len(args.mults) - 1} times")
+        error(f"--size has to be a multiple of {unit}: patches of {args.patch}, halved {len(args.mults) - 1} times")
     if args.width % 32:
-        p.error("--width has to be a multiple of 32, the channels of an attention head")
+        error("--width has to be a multiple of 32, the channels of an attention head")
     if args.sample_steps > T:
-        p.error(f"--sample_steps can be at most T = {T}")
+        error(f"--sample_steps can be at most T = {T}")
     if bool(args.sample) != bool(args.ckpt) or args.input and not args.sample:
-        p.error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
-    return args
+        error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
+    if args.eta > 0 and args.sampler != "ddim":
+        error("--eta is for --sampler ddim; ddpm is ddim with eta 1")
+    if args.condition == "lowres" and args.size % 4:
+        error("--size has to be a multiple of 4 with --condition lowres, which sees a quarter of it")
+    for name, choices in (("condition", CONDITION_CHANNELS), ("schedule", SCHEDULES), ("pred", PREDICTIONS)):
+        if getattr(args, name) not in choices:
+            error(f"--{name} is one of {', '.join(choices)}")
 
 
 # -----------------------------------------------------------------------------
@@ -481,18 +494,20 @@ def list_pictures(path):
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
-            files = [(i.filename, i.file_size, i.CRC) for i in z.infolist()]
+            files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
     else:
         raise Stop(f"--data {path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
-    files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not f[0].startswith("__MACOSX")]
+    files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not ("/" + f[0]).count("/.")
+             and not f[0].startswith("__MACOSX")]
     parts = [f[0].split("/") for f in files]
     while len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 2:
         parts = [p[1:] for p in parts]
     train = [i for i, p in enumerate(parts) if p[0] == "train"]
-    if train:
+    if train and {p[0] for p in parts} <= {"train", "val", "valid", "validation", "test"}:
         files, parts = [files[i] for i in train], [parts[i][1:] for i in train]
-    classes = sorted({p[0] for p in parts if len(p) > 1}) or ["all"]
-    return [f[0] for f in files], classes, [classes.index(p[0]) if len(p) > 1 else 0 for p in parts], files
+    of = [p[0] if len(p) > 1 else "." for p in parts]  # pictures beside the class folders are a class of their own
+    classes = sorted(set(of))
+    return [f[0] for f in files], ["all"] if classes == ["."] else classes, [classes.index(c) for c in of], files
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -505,18 +520,20 @@ class Pictures(torch.utils.data.Dataset):
             stamps = [inspect.getsource(draw_face), TRAITS, FURS, EYES, BACKGROUNDS]  # edit the drawing: a new set
         elif path.suffix == ".npz" and path.is_file():
             try:
-                with np.load(path) as f:
-                    self.file, y = f["images"], f["labels"] if "labels" in f else np.zeros(len(f["images"]), int)
+                with zipfile.ZipFile(path), np.load(path) as f:
+                    self.file, y = f["images"], f["labels"] if "labels" in f else np.zeros(f["images"].shape[:1], int)
             except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
                 raise Stop(f"--data {path} is not an .npz with an array named images: {e}")
-            if self.file.dtype != np.uint8 or self.file.shape[3:] != (3,) or y.shape != self.file.shape[:1]:
+            shape = self.file.shape
+            if self.file.dtype != np.uint8 or shape[3:] != (3,) or not all(shape) or y.shape != shape[:1]:
                 raise Stop(f"--data {path}: images has to be uint8 (N, height, width, 3), labels (N,)")
             classes, labels = np.unique(y, return_inverse=True)
             self.names, self.classes, self.labels = range(len(y)), [str(c) for c in classes], labels.tolist()
             stamps = [path.stat().st_size, path.stat().st_mtime_ns]
         else:
             self.names, self.classes, self.labels, stamps = list_pictures(path)
-        about = [os.path.abspath(path), size, len(self.names), inspect.getsource(read_picture), stamps]
+        where = self.data if self.data == "drawn_faces" else os.path.abspath(path)
+        about = [where, size, len(self.names), inspect.getsource(read_picture), stamps]
         self.key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
     def __len__(self):
@@ -535,8 +552,8 @@ class Pictures(torch.utils.data.Dataset):
             self.file = self.file or zipfile.ZipFile(self.data)  # opened here, because each worker needs its own
             with self.file.open(name) as f:
                 return read_picture(f, self.size), self.labels[i]
-        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as e:
-            return f"{name}: {e}", -1  # what Pillow and zipfile raise for broken files
+        except Exception as e:  # a broken file can raise anything in Pillow or zipfile
+            return f"{name}: {str(e) or type(e).__name__}".splitlines()[0], -1
 
 
 class Data(NamedTuple):
@@ -606,7 +623,7 @@ def animal_faces():
 def load_pictures(data, i, device):
     """Pictures i -> float (len(i), 3, size, size) in [-1, 1] on device."""
     x = torch.from_numpy(data.images[i]).to(device, non_blocking=True)
-    return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # contiguous: or the CPU's norms crawl
 
 
 def to_uint8(x):
@@ -680,21 +697,24 @@ def write_atomically(path, write):
         with open(part, "wb") as f:
             write(f)
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns an OSError into a RuntimeError
-        raise Stop(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; what was there before is intact", 1)
+    except (OSError, RuntimeError) as e:
+        e = e.__context__ if isinstance(e.__context__, OSError) else e  # torch.save hides the OSError in a RuntimeError
+        why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+        raise Stop(f"cannot write {path}: {why}; what was there before is intact", 1)
     finally:
         part.unlink(missing_ok=True)
 
 
-SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-                      torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-                      torch.bool: "BOOL"}
+SAFETENSORS_DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+                      torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+                      torch.uint8: "U8", torch.bool: "BOOL"}  # in the order in which the library writes them
 
 
 def save_safetensors(path, tensors, metadata):
     """The safetensors format by hand: 8 bytes of header length, a JSON header, then the raw tensors end to end.
     Widest type first, as the library orders them, keeps every tensor aligned."""
-    header, end, order = {"__metadata__": metadata}, 0, sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
+    header, end, rank = {"__metadata__": metadata}, 0, list(SAFETENSORS_DTYPES)
+    order = sorted(tensors, key=lambda k: (rank.index(tensors[k].dtype), k))
     for k in order:
         v, start = tensors[k], end
         end += v.numel() * v.element_size()
@@ -716,14 +736,19 @@ def load_safetensors(path):
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         start, dtypes = 8 + struct.unpack("<Q", data[:8])[0], {name: d for d, name in SAFETENSORS_DTYPES.items()}
         header, tensors = json.loads(data[8:start]), {}
-        metadata = header.pop("__metadata__", {})
-        for k, v in header.items():
+        metadata, end = header.pop("__metadata__", {}), 0
+        if not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("the metadata has to be text")
+        for k, v in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (low, high) = dtypes[v["dtype"]], v["shape"], v["data_offsets"]
             size_fits = high - low == math.prod(shape) * dtype.itemsize and min(shape + [0]) == 0
-            if not (size_fits and 0 <= low <= high <= len(data) - start):
+            if not (size_fits and end == low <= high <= len(data) - start):
                 raise ValueError(f"{k} does not fit into it")
+            end = high
             flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + low) if high > low else []
             tensors[k] = torch.as_tensor(flat, dtype=dtype).view(shape)
+        if start + end != len(data):
+            raise ValueError("it is too long")
         return tensors, metadata
     except OSError as e:
         raise Stop(f"cannot read {path}: {e.strerror}")
@@ -734,6 +759,8 @@ def load_safetensors(path):
 def load_weights(model, tensors, path):
     """load_state_dict that says in a sentence why the weights in `path` are not those of this model."""
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        raise Stop(f"{path} has been edited: its weights are not tensors")
     have = {k: tuple(v.shape) for k, v in tensors.items()}
     wrong = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
     if wrong:
@@ -770,7 +797,7 @@ def download(url, path, is_whole=lambda path: True, tries=5):
                     have = f.truncate(0)
                 size = have + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
                 with tqdm(total=size, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-                    while block := answer.read(1 << 20):
+                    while block := answer.read1(1 << 20):
                         bar.update(f.write(block))
         except urllib.error.HTTPError as e:
             if e.code == 416 and have:    # the part is as long as the file or longer: start afresh
@@ -779,9 +806,11 @@ def download(url, path, is_whole=lambda path: True, tries=5):
             raise Stop(f"the server says {e.code} {e.reason}; {by_hand}", 1)
         except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
             if attempt == tries - 1 or not part.exists() or part.stat().st_size == have:  # no progress
-                raise Stop(f"no connection ({getattr(e, 'reason', e)}); {by_hand}", 1)
+                raise Stop(f"the download broke off ({getattr(e, 'reason', e)}); {by_hand}", 1)
             continue
         if size is not None and part.stat().st_size < size:  # cut off: go on from here
+            if part.stat().st_size > have and attempt == tries - 1:
+                raise Stop(f"the connection broke {tries} times, start again to go on; {by_hand}", 1)
             continue
         if is_whole(part):
             os.replace(part, path)
@@ -895,6 +924,8 @@ P_UNCOND = 0.1  # share of labels that training hides, so that one network learn
 
 def build_model(args, n_classes):
     """The UNet that the flags describe."""
+    if args.cfg_scale != 1 and not args.class_cond:
+        raise Stop("--cfg_scale needs a model that knows classes, trained with --class_cond")
     return UNet(args.size, args.patch, args.width, args.mults, args.blocks, args.attn, args.dropout,
                 n_classes if args.class_cond else 0, CONDITION_CHANNELS[args.condition])
 
@@ -902,11 +933,16 @@ def build_model(args, n_classes):
 def adopt(args, saved, keys, path):
     """Take the settings `keys` from a checkpoint; one given by hand that differs is an error, not a surprise."""
     for k in sorted(keys):
-        if k not in saved or None is not getattr(args, k) and type(saved[k]) is not type(getattr(args, k)):
+        now = getattr(args, k)
+        if not isinstance(saved, dict) or k not in saved or now is not None and type(saved[k]) is not type(now):
             raise Stop(f"{path} does not say what --{k} was; has it been edited?")
-        if k in args.given and getattr(args, k) != saved[k]:
-            raise Stop(f"--{k} {getattr(args, k)} contradicts {path}, which was made with {saved[k]}")
+        if k in args.given and now != saved[k]:
+            raise Stop(f"--{k} {now} contradicts {path}, which was made with {saved[k]}")
         setattr(args, k, saved[k])
+
+    def refuse(sentence):
+        raise Stop(f"{path} cannot be right: {sentence}")
+    check(args, refuse)
 
 
 def train_batch(data, args, step, device, rank, world):
@@ -957,7 +993,7 @@ def draw_pictures(out, ema, data, args, alpha_bar, device, y, cond):
     save_png(out / "forward.png", tile(to_uint8(steps.flatten(0, 1)), len(levels)))
 
     frames, n = [], 16
-    y, cond = None if y is None else y[:n], None if cond is None else cond[:n]
+    y, cond = (None if c is None else c[torch.arange(n, device=device) % len(c)] for c in (y, cond))
     generate(ema, args, alpha_bar, range(n), device, y, cond, on_step=lambda t, xt, x0: frames.append(
         np.concatenate([tile(to_uint8(x), 4) for x in (xt, x0)], 1)))                    # noisy left, its guess right
     save_gif(out / "reverse.gif", frames)
@@ -969,21 +1005,25 @@ def draw_pictures(out, ema, data, args, alpha_bar, device, y, cond):
     y, cond = (None if c is None else c[:4].repeat_interleave(8, 0) for c in (y, cond))
     x = generate(ema, still, alpha_bar, None, device, y, cond, iter([between]))
     save_png(out / "interpolation.png", tile(to_uint8(x), 8))
-    save_gif(out / "training.gif", [np.asarray(Image.open(p)) for p in sorted(out.glob("samples/*.png"))], 500)
+    grids = sorted(out.glob("samples/" + "[0-9]" * 6 + ".png"))
+    save_gif(out / "training.gif", [np.asarray(Image.open(p)) for p in grids], 500)
 
 
 def begin_log(out, start, resumed):
     """Make the folder fit to go on from step `start` -> the log so far. A new run keeps the weights of an old one."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("ckpt.pt", "model.safetensors"):
+    for name in ("ckpt.pt", "model.safetensors", "log.jsonl"):
         if not resumed and (out / name).exists():
             os.replace(out / name, out / f"{name}.old")
             print(f"{out / name} of an earlier run is now {name}.old", flush=True)
+    for part in out.glob("*.part"):  # of a run that was killed while it wrote
+        part.unlink()
     for grid in out.glob("samples/*.png"):
-        if not resumed or int(grid.stem) > start:
+        if grid.stem.isdecimal() and (not resumed or int(grid.stem) > start):
             grid.unlink()
     log = out / "log.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if resumed and log.exists() else []
+    lines = log.read_text().splitlines() if resumed and log.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk can leave half a line
     records = [r for r in records if r["step"] <= start]
     log.write_text("".join(json.dumps(r) + "\n" for r in records))
     return records
@@ -1013,7 +1053,7 @@ def train(args):
     torch.manual_seed(mix(args.seed))
     model = build_model(args, len(data.classes)).to(device)
     if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # measured: a gain on CUDA, a loss on the CPU
+        model = model.to(memory_format=torch.channels_last)  # not on the CPU: GroupNorm is 20 times slower there
     ema, start, best = copy.deepcopy(model).eval().requires_grad_(False), 0, math.inf
     opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
     if state:
@@ -1022,7 +1062,10 @@ def train(args):
         try:
             opt.load_state_dict(state["opt"])
             start, best = int(state["step"]), float(state["best"])
-        except (KeyError, TypeError, ValueError) as e:
+            if start < 0 or any(opt.state[p][k].shape != p.shape for p in model.parameters() for k in
+                                ("exp_avg", "exp_avg_sq")):
+                raise ValueError("step or optimizer state")
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise Stop(f"--resume {args.resume} has been edited: {e!r}")
     if start > args.steps:
         raise Stop(f"{args.resume} has done {start} steps already; say how far to go on with --steps")
@@ -1052,7 +1095,7 @@ def train(args):
 
     def save(step):
         if rank == 0:
-            ckpt = dict(script="ddpm_images.py", args=settings, step=step, key=data.key, best=best,
+            ckpt = dict(script="ddpm_images.py", args=settings, step=step, data=data.name, key=data.key, best=best,
                         model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
             write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
             save_safetensors(out / "model.safetensors", ema.state_dict(), dict(
@@ -1069,9 +1112,9 @@ def train(args):
             interrupt.code = interrupt.code or 130 * (stats[1] > 0)  # a signal to any rank stops all
             loss, rate = stats[0] / seen, seen * args.batch_size / (time.time() - clock)
             if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
-                raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged; try a lower --lr", 1)
+                raise Stop(f"the loss is {loss:.3g} at step {step}: --lr {args.lr} made training diverge", 1)
             lr = opt.param_groups[0]["lr"]
-            record = dict(step=step, loss=loss, lr=lr, img_per_s=rate, seconds=time.time() - began,
+            record = dict(data=data.name, step=step, loss=loss, lr=lr, img_per_s=rate, seconds=time.time() - began,
                           peak_gb=peak_memory(device), **({"mfu": flops * rate / world / peak} if peak else {}))
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
             loss_sum.zero_()
@@ -1082,6 +1125,8 @@ def train(args):
         if evaluate:
             with amp():
                 val, bins = validate(ema, data, args, alpha_bar, device, rank, world)
+            if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
+                raise Stop(f"the validation loss is {val:.3g} at step {step}: training diverged at --lr {args.lr}", 1)
             best = min(best, val)
             record.update(step=step, val_loss=val, val_bins=bins)
             if rank == 0:
@@ -1138,6 +1183,8 @@ def sample_only(args):
     try:
         saved, classes = json.loads(about["args"]), json.loads(about["data"])["classes"]
         adopt(args, saved, ARCHITECTURE, args.ckpt)
+        if not isinstance(classes, list) or args.class_cond and len(classes) < 2:
+            raise ValueError(f"classes {classes}")
     except (KeyError, TypeError, ValueError) as e:
         raise Stop(f"the header of {args.ckpt} does not describe a model: {e!r}")
     model = build_model(args, len(classes)).to(device).eval().requires_grad_(False)
@@ -1147,7 +1194,10 @@ def sample_only(args):
                                       f"translates pictures ({args.condition}): name some with --input FOLDER"))
     n, given = args.sample, None
     if args.input:
-        source = Pictures(args.input, args.size)
+        try:
+            source = Pictures(args.input, args.size)
+        except Stop as e:
+            raise Stop(str(e).replace("--data", "--input"))
         n = min(n, len(source))
         given = [source[i][0] for i in range(n)]
         wrong = [g for g in given if isinstance(g, str)]
@@ -1156,7 +1206,7 @@ def sample_only(args):
         given = torch.from_numpy(np.stack(given)).permute(0, 3, 1, 2).float() / 127.5 - 1
     out = Path(args.out)
     (out / "generated").mkdir(parents=True, exist_ok=True)
-    for old in out.glob("generated/*.png") if rank == 0 else ():
+    for old in out.glob(f"generated/{'[0-9]' * 6}.png") if rank == 0 else ():
         old.unlink()  # a larger earlier set must not mix with this one
     sum_over_ranks(torch.zeros(1, device=device))  # all wait for that
     began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.arange(n)[rank::world]
@@ -1182,7 +1232,9 @@ def sample_only(args):
 
 
 def main(argv=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def terminate(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         args = parse_args(argv)
         if args.sample:
@@ -1195,8 +1247,8 @@ def main(argv=None):
         return 0
     except Stop as e:
         sentence, code = str(e), e.code
-    except KeyboardInterrupt:
-        sentence, code = "stopped before there was anything to save", 130
+    except KeyboardInterrupt as e:
+        sentence, code = "stopped before there was anything to save", 128 + (e.args or (2,))[0]
     except torch.OutOfMemoryError:
         sentence, code = "the GPU's memory is full: raise --accum or lower --batch_size", 1
     except OSError as e:

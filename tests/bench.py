@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-THREADS = torch.get_num_threads()  # torch's own choice, all cores; the next import sets two
+THREADS = torch.get_num_threads()  # torch's own choice, all cores; the next import sets one
 import conftest  # noqa: E402, finds the scripts, and makes torchvision importable, which the peer needs
 import ddpm_images as d  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""What all tests share: the import path, two threads, no network, and `run_script`, the scripts' real command line."""
+"""What all tests share: the import path, one thread, no network, and `run_script`, the scripts' real command line."""
 import importlib.util
 import os
 import subprocess
@@ -18,7 +18,7 @@ OFFLINE = {"http_proxy": DEAD, "https_proxy": DEAD, "all_proxy": None, "no_proxy
 OFFLINE.update({k.upper(): v for k, v in OFFLINE.items()})
 # Left over from a torchrun around pytest, these would make a script wait for its peers.
 OFFLINE.update(dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]))
-OFFLINE.update({"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"})
+OFFLINE.update({"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"})
 
 
 def set_env(target, changes):
@@ -33,7 +33,7 @@ def set_env(target, changes):
 set_env(os.environ, OFFLINE)  # before torch and huggingface_hub are imported: both read it once
 import torch  # noqa: E402
 
-torch.set_num_threads(2)  # the order of float sums depends on it, so all machines use the same
+torch.set_num_threads(1)  # on a busy machine two threads of tiny steps wait for each other most of the time
 
 
 def shim_torchvision():

@@ -140,6 +140,7 @@ def spoil_checkpoints(bad):
         "opt_list": edited(whole, ["opt"], [1]), "opt_groups": edited(whole, ["opt", "param_groups"], []),
         "opt_shape": edited(whole, ["opt", "state", 0, "exp_avg"], torch.zeros(2, 3)),
         "opt_empty": edited(whole, ["opt", "state"], {}),
+        "opt_word": edited(whole, ["opt", "state", 0, "exp_avg"], "half"),
     }
     for name, state in spoilt.items():
         torch.save(state, bad / f"{name}.pt")
@@ -222,7 +223,8 @@ CASES = {  # what is wrong: (arguments before, arguments, words that the sentenc
         "no_args": "", "args_none": "", "no_lr": "lr", "lr_word": "lr", "mults_words": "mults", "blocks_0": "blocks",
         "condition": "condition", "batch_0": "batch_size", "step_word": "", "step_minus": "step", "model_number": "",
         "weight_word": "", "no_weight": "weight", "no_best": "best", "shape": "(2, 3)", "ema_shape": "(2, 3)",
-        "opt_list": "", "opt_groups": "", "opt_shape": "", "opt_empty": "", "key": "pictures.npz"}.items()},
+        "opt_list": "", "opt_groups": "", "opt_shape": "", "opt_empty": "", "opt_word": "",
+        "key": "pictures.npz"}.items()},
     "resume: another --lr": ([], f"--resume {CKPT} --lr 0.5", f"--lr 0.5 {CKPT} 0.001"),
     "resume: another --lr with =": ([], f"--resume {CKPT} --lr=0.5", f"--lr 0.5 {CKPT} 0.001"),
     "resume: another --size": ([], f"--resume {CKPT} --size 32", f"--size 32 {CKPT} 16"),
@@ -337,7 +339,7 @@ def test_divergence(capsys):
     shutil.copytree("out/ddpm_images", "new")
     status, err = run([*TRAIN, "--lr", "1e3", "--steps", "40"], capsys)
     sentence = the_sentence(err)
-    assert status == 1 and "diverged" in sentence
+    assert status == 1 and "diverge" in sentence
     assert "step" in sentence and "--lr" in sentence and "1000" in sentence, "step, lr and advice"
     for path in Path("new").glob("ckpt.pt*"):
         weights_are_whole(path)
@@ -353,7 +355,7 @@ def test_loss_that_is_not_a_number(steps, eval_every, capsys, monkeypatch):
         return real(*args, **kwargs) * (float("nan") if sum(calls) > 7 else 1)
     monkeypatch.setattr(d, "loss_fn", loss_fn)
     status, err = run([*TRAIN, "--steps", str(steps), "--eval_every", str(eval_every)], capsys)
-    assert status == 1 and "diverged" in the_sentence(err) and "nan" in err
+    assert status == 1 and "diverge" in the_sentence(err) and "nan" in err
     state = weights_are_whole("new/ckpt.pt")
     assert 5 <= state["step"] <= 7
     monkeypatch.setattr(d, "loss_fn", real)
