@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 PRESETS = {
     "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
-                steps=1800, batch_size=32, lr=1e-3, ema_decay=0.99, eval_every=300, sample_steps=25),
+                steps=1800, batch_size=32, lr=3e-3, ema_decay=0.99, eval_every=300, sample_steps=25),
     "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
                 steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
     "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
@@ -348,7 +348,8 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(c + skips.pop(), width * mult, D, side <= attn, dropout))
                 c = width * mult
             if i > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
+                below, c = c, width * mults[i - 1]
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(below, c, 3, padding=1)))
                 side *= 2
         self.norm = nn.GroupNorm(32, c)
         self.conv_out = nn.Conv2d(c, (c_thin or 3) * patch ** 2, 3, padding=1)
@@ -384,7 +385,7 @@ class UNet(nn.Module):
 # -----------------------------------------------------------------------------
 # Data: whatever --data names becomes one memory-mapped uint8 array, read once, in parallel, and kept in data/cache.
 
-DRAWN_FACES = 20_000  # size of the drawn set; the drawing never ends, but epochs and a held-out part need an end
+DRAWN_FACES = 16_000  # size of the drawn set; the drawing never ends, but epochs and a held-out part need an end
 PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 ANIMAL_FACES_URL = "https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1"  # where StarGAN v2's download.sh gets it
 FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44), "white": (240, 238, 242),
@@ -1182,7 +1183,8 @@ def sample_only(args):
         raise Stop(f"{args.ckpt} was made by {about.get('script', 'another program')}, not by ddpm_images.py")
     try:
         saved, classes = json.loads(about["args"]), json.loads(about["data"])["classes"]
-        adopt(args, saved, ARCHITECTURE, args.ckpt)
+        how = {"sampler", "sample_steps", "eta", "cfg_scale"}  # as in training, unless given
+        adopt(args, saved, ARCHITECTURE + sorted(how - args.given), args.ckpt)
         if not isinstance(classes, list) or args.class_cond and len(classes) < 2:
             raise ValueError(f"classes {classes}")
     except (KeyError, TypeError, ValueError) as e:
