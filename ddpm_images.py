@@ -3,7 +3,7 @@
     python ddpm_images.py                             # animal faces that the script draws itself: no download, no GPU
     python ddpm_images.py --data animal_faces         # the AFHQ photographs (downloaded once)
     python ddpm_images.py --data my_photos --class_cond --cfg_scale 2          # sub-folders are the classes
-    python ddpm_images.py --resume out/ddpm_images/ckpt.pt                     # go on after Ctrl-C, bit for bit
+    python ddpm_images.py --resume out/ddpm_images/ckpt.pt                     # go on after Ctrl-C as if uninterrupted
     python ddpm_images.py --sample 64 --ckpt out/ddpm_images/model.safetensors --sampler ddpm --sample_steps 1000
     python ddpm_images.py --condition gray            # colourise; also lowres, edges, mask; then apply it to a folder:
     python ddpm_images.py --sample 8 --input my_photos --ckpt out/ddpm_images/model.safetensors
@@ -18,6 +18,7 @@ ADM (UNet) 2105.05233, classifier-free guidance 2207.12598, DPM-Solver++ 2211.01
 """
 import argparse
 import copy
+import datetime
 import functools
 import hashlib
 import http.client
@@ -52,7 +53,7 @@ from tqdm import tqdm
 
 PRESETS = {
     "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
-                steps=1800, batch_size=32, lr=3e-3, ema_decay=0.99, eval_every=300, sample_steps=25),
+                steps=1800, batch_size=32, lr=2e-3, ema_decay=0.99, eval_every=300, sample_steps=25),
     "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
                 steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
     "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
@@ -136,7 +137,7 @@ def check(args, error):
     for name in "lr ema_decay dropout eta min_snr cfg_scale seed".split():
         top = 1 if name in ("ema_decay", "dropout", "eta") else 2 ** 63
         if not 0 <= getattr(args, name) <= top:
-            error(f"--{name} has to lie between 0 and {top}")
+            error(f"--{name} has to lie between 0 and {'1' if top == 1 else '2^63'}")
     if not args.mults or not all(isinstance(m, int) and m > 0 for m in args.mults):
         error("--mults takes positive whole numbers with commas between, such as 1,2,2")
     unit = args.patch * 2 ** (len(args.mults) - 1)
@@ -158,8 +159,8 @@ def check(args, error):
 
 
 # -----------------------------------------------------------------------------
-# The method. x0 is a clean picture in [-1, 1], eps Gaussian noise, t = 0..T-1 the noise level, alpha_bar[t] the share
-# of the picture in the variance of xt. A model is any function (xt, t) -> out of the shape of xt.
+# The method. x0 is a clean picture in [-1, 1], eps Gaussian noise, t = 0..T-1 the noise level, alpha_bar[t] how much
+# of x0 is left at t: xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps. A model is any (xt, t) -> out, shaped like xt.
 
 T = 1000
 
@@ -205,7 +206,7 @@ def loss_fn(model, x0, eps, t, alpha_bar, pred, min_snr=0.0):
 
 
 @torch.no_grad()
-def sample(model, noise, alpha_bar, pred, sampler="ddim", steps=50, eta=0.0, on_step=None):
+def sample(model, noise, alpha_bar, pred, sampler, steps, eta=0.0, on_step=None):
     """From noise to pictures (B, C, H, W) in `steps` network calls, evenly spaced in t from T-1 to 0.
 
     noise: iterator over (B, C, H, W); its first item is x_T, the others are for the samplers that add noise.
@@ -215,18 +216,18 @@ def sample(model, noise, alpha_bar, pred, sampler="ddim", steps=50, eta=0.0, on_
     for t, s in zip(levels, levels[1:] + [-1]):          # from level t to the cleaner level s; -1 is clean
         ab_t, ab_s = alpha_bar[t].item(), alpha_bar[s].item() if s >= 0 else 1.0
         out = model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
-        x0 = to_x0(out, xt, ab_t, pred).clamp(-1, 1)     # where pictures are; without it errors build up
-        eps = (xt - ab_t ** 0.5 * x0) / (1 - ab_t) ** 0.5
+        x0 = to_x0(out, xt, ab_t, pred).clamp(-1, 1)     # differs from the paper: pictures live in [-1, 1]
         if on_step:
             on_step(t, xt, x0)
         if s < 0:
             return x0
         beta = 1 - ab_t / ab_s                           # variance of the noise between s and t
-        var = beta * (1 - ab_s) / (1 - ab_t)             # of the posterior q(xs | xt, x0)
+        var = beta * (1 - ab_s) / (1 - ab_t)             # of q(xs | xt, x0): DDPM's "beta tilde", section 3.2
         if sampler == "ddpm":                            # posterior mean plus a draw: DDPM eq. 6, 7, algorithm 2
             mean = (ab_s ** 0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - ab_s) * xt) / (1 - ab_t)
             xt = mean + var ** 0.5 * next(noise)
-        elif sampler == "ddim":                          # same marginals, eta times its noise: DDIM eq. 12
+        elif sampler == "ddim":                          # same marginals, eta times that noise: DDIM eq. 12
+            eps = (xt - ab_t ** 0.5 * x0) / (1 - ab_t) ** 0.5
             xt = ab_s ** 0.5 * x0 + (1 - ab_s - eta ** 2 * var) ** 0.5 * eps
             if eta > 0:
                 xt = xt + eta * var ** 0.5 * next(noise)
@@ -239,13 +240,13 @@ def sample(model, noise, alpha_bar, pred, sampler="ddim", steps=50, eta=0.0, on_
 
 
 def guided(model, y, cond, cfg_scale):
-    """model with labels y and condition cond, either may be None, as (xt, t) -> out; guidance as in 2207.12598."""
+    """model with labels y and condition cond (or None) as (xt, t) -> out. cfg_scale is 1 + w of 2207.12598."""
     def call(xt, t):
         if y is None or cfg_scale == 1:
             return model(xt, t, y, cond)
         twice = [None if a is None else torch.cat([a, a]) for a in (xt, t, cond)]
         labels = torch.cat([y, torch.full_like(y, model.y_null)])
-        with_y, without = model(twice[0], twice[1], labels, twice[2]).chunk(2)
+        with_y, without = model(twice[0], twice[1], labels, twice[2]).to(xt.dtype).chunk(2)  # not in bf16
         return without + cfg_scale * (with_y - without)
     return call
 
@@ -427,13 +428,14 @@ def draw_face(seed, index, size):
     dx, dy, zoom, turn, wide, ear_size, perk, eye_size, apart, gaze, lamp_x, lamp_y = rng.uniform(-1, 1, 12).tolist()
     trait, base, ink, white, pink = TRAITS[species], FURS[fur], (44, 32, 44), (255, 255, 255), (246, 132, 150)
 
-    def mix(a, b, k):
+    def blend(a, b, k):
         return tuple(round(u + (v - u) * k) for u, v in zip(a, b))
     # stripes, mane and shade are darker than the fur, but paler than black fur, so that they are always seen
     shade, k = (white, .5) if fur == "black" else ((66, 34, 48), 1)
-    colour = {"fur": base, "dark": mix(base, shade, .28 * k), "mark": mix(base, shade, .52 * k),
-              "light": mix(base, white, .3 + .3 * k), "inner": mix(base, pink, .7), "blush": mix(base, pink, .4),
-              "halo": mix(BACKGROUNDS[ground], white, .25), "eye": EYES[eye], "ink": ink, "white": white, "pink": pink}
+    colour = {"fur": base, "dark": blend(base, shade, .28 * k), "mark": blend(base, shade, .52 * k),
+              "light": blend(base, white, .3 + .3 * k), "inner": blend(base, pink, .7), "blush": blend(base, pink, .4),
+              "halo": blend(BACKGROUNDS[ground], white, .25), "eye": EYES[eye], "ink": ink, "white": white,
+              "pink": pink}
     # back to front: halo, body, ears, head, cheeks, what marks the species, mouth, muzzle, nose, eyes
     parts = [("halo", 0, 0, .88, .88), ("dark", 0, 1.1, .55, .5), ("light", 0, 1, .26, .4), *trait.get("back", ())]
     if "ear" in trait:
@@ -603,7 +605,7 @@ def open_data(cache):
     shuffled, n_val = np.random.default_rng(0).permutation(n), min(256, n // 10)
     images = np.memmap(cache, np.uint8, "r", shape=(n, about["size"], about["size"], 3))
     return Data(about["name"], about["key"], about["classes"], about["broken"], images, np.array(about["labels"]),
-                np.sort(shuffled[n_val:]), np.sort(shuffled[:n_val]))
+                shuffled[n_val:], shuffled[:n_val])  # not sorted: files come in the order of their classes
 
 
 def animal_faces():
@@ -623,7 +625,7 @@ def animal_faces():
 
 def load_pictures(data, i, device):
     """Pictures i -> float (len(i), 3, size, size) in [-1, 1] on device."""
-    x = torch.from_numpy(data.images[i]).to(device, non_blocking=True)
+    x = torch.from_numpy(data.images[i]).to(device)
     return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # contiguous: or the CPU's norms crawl
 
 
@@ -648,6 +650,8 @@ def pick_device(name):
     """torch.device for --device; auto takes CUDA, else MPS, else the CPU. Raises Stop when there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has its own
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises for a device that is named right but is not there
@@ -666,15 +670,18 @@ def pick_dtype(name, device):
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number that mix takes: one stream for each purpose
+
+
 def mix(*numbers):
-    """Whole numbers -> one seed; any change of any of them gives an unrelated one."""
+    """Whole numbers, always as many for a purpose -> one seed; a change of any of them gives an unrelated one."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def image_noise(seed, indices, shape, device):
     """Endless standard normal noise (len(indices), *shape), picture i from its own generator of (seed, i): the same at
     any batch size. Drawn on the CPU, so the same on any device too."""
-    generators = [torch.Generator().manual_seed(mix(seed, i)) for i in indices]
+    generators = [torch.Generator().manual_seed(mix(IMAGE, seed, i)) for i in indices]
     while True:
         yield torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -824,12 +831,12 @@ def download(url, path, is_whole=lambda path: True, tries=5):
 def setup(args):
     """-> device, rank, world. torchrun sets RANK, and then the same file runs as one of WORLD_SIZE processes."""
     device, rank, world = pick_device(args.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        patience = datetime.timedelta(hours=3)  # the others wait while rank 0 downloads and reads the data
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    torch.set_float32_matmul_precision("high")
     return device, rank, world
 
 
@@ -860,7 +867,7 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10": 125, "L40S": 362, "
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU by its data sheet, None where it is not listed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    return next((1e12 * v for k, v in PEAK_TFLOPS.items() if k in name.split()), None)
 
 
 def peak_memory(device):
@@ -950,29 +957,51 @@ def train_batch(data, args, step, device, rank, world):
     """Pictures and all randomness of one step -> x0, eps, t, y, box, of which each rank gets its share.
 
     Drawn for the whole batch from (seed, step), so that any number of processes trains on the same numbers."""
-    B, g = args.batch_size, torch.Generator().manual_seed(mix(args.seed, step))
+    B, g = args.batch_size, torch.Generator().manual_seed(mix(BATCH, args.seed, step))
     mine, n = slice(B * rank // world, B * (rank + 1) // world), len(data.train)
     t, u = torch.randint(0, T, (B,), generator=g)[mine], torch.rand((B, 6), generator=g)[mine]
-    g = torch.Generator(device).manual_seed(mix(args.seed, step, 1))
+    g = torch.Generator(device).manual_seed(mix(NOISE, args.seed, step))
     eps = torch.randn((B, 3, args.size, args.size), generator=g, device=device)[mine]
     i = data.train[[shuffled(n, args.seed, k // n)[k % n] for k in range(step * B + mine.start, step * B + mine.stop)]]
     x0 = load_pictures(data, i, device)
+    mirror, hide, box = (u[:, 0] < 0.5).to(device), u[:, 1] < P_UNCOND, u[:, 2:]
     if args.flip:
-        x0 = torch.where((u[:, 0] < 0.5).to(device).view(-1, 1, 1, 1), x0.flip(-1), x0)
-    y = torch.where(u[:, 1] < P_UNCOND, len(data.classes), torch.from_numpy(data.labels[i])).to(device)
-    return x0, eps, t, y if args.class_cond else None, u[:, 2:]
+        x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
+    y = torch.where(hide, len(data.classes), torch.from_numpy(data.labels[i])).to(device)
+    return x0, eps, t, y if args.class_cond else None, box
+
+
+def train_step(model, opt, batch, args, alpha_bar, amp):
+    """One optimizer step on batch = (x0, eps, t, y, box), DDPM algorithm 1 -> the loss, left on the device."""
+    total = 0
+    for i, (x0, eps, t, y, box) in enumerate(zip(*([None] * args.accum if a is None else a.chunk(args.accum)
+                                                   for a in batch))):
+        if dist.is_initialized():
+            model.require_backward_grad_sync = i == args.accum - 1  # gradients are averaged once per step
+        call = guided(model, y, make_condition(args.condition, x0, box), 1.0)
+        with amp():
+            loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).mean() / args.accum
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    return total
 
 
 @torch.no_grad()
-def validate(model, data, args, alpha_bar, device, rank, world):
+def validate(model, data, args, alpha_bar, device, rank, world, amp):
     """Loss on the held-out pictures at fixed noise and evenly spread t -> the mean, and the mean by tenths of T."""
     total, n = torch.zeros(2, 10, dtype=torch.float64), len(data.val)
     for i in np.array_split(np.arange(n)[rank::world], -(-n // (world * 64))):
+        if not len(i):  # fewer pictures than ranks
+            continue
         t = torch.from_numpy((i * T + T // 2) // n)
         x0, y = load_pictures(data, data.val[i], device), torch.from_numpy(data.labels[data.val[i]]).to(device)
         cond, eps = make_condition(args.condition, x0), next(image_noise(args.seed + 1, i, x0.shape[1:], device))
         call = guided(model, y if args.class_cond else None, cond, 1.0)
-        loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).double().cpu()
+        with amp():
+            loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).cpu().double()
         total += torch.stack([torch.bincount(t * 10 // T, w, 10) for w in (loss, torch.ones_like(loss))])
     total = sum_over_ranks(total.float().to(device)).cpu()
     return (total[0].sum() / total[1].sum()).item(), (total[0] / total[1].clamp(min=1)).tolist()
@@ -1031,7 +1060,7 @@ def begin_log(out, start, resumed):
 
 
 def train(args):
-    """The whole run. All that is random follows from (seed, step), so a run goes on where it was cut, bit for bit."""
+    """The whole run. All randomness follows from (seed, step): a run that was cut goes on bit for bit, on the CPU."""
     began, (device, rank, world), state = time.time(), setup(args), None
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.resume:
@@ -1040,10 +1069,17 @@ def train(args):
         adopt(args, state["args"], vars(args).keys() - set(free) - {"given"}, args.resume)
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
-    paths = [prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES) if rank == 0 else None]
+    made = [None]
+    if rank == 0:
+        try:
+            made = [prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES)]
+        except Stop as e:
+            made = [e]
     if world > 1:
-        dist.broadcast_object_list(paths)
-    data = open_data(paths[0])
+        dist.broadcast_object_list(made)
+    if isinstance(made[0], Stop):  # all ranks leave together
+        raise made[0]
+    data = open_data(made[0])
     if data.broken:
         say(f"{len(data.broken)} pictures cannot be read and are left out: " + "; ".join(data.broken[:9]))
     if state and state["key"] != data.key:
@@ -1051,7 +1087,7 @@ def train(args):
     if args.class_cond and len(data.classes) < 2:
         raise Stop("--class_cond needs pictures in at least two sub-folders (or an .npz with labels)")
 
-    torch.manual_seed(mix(args.seed))
+    torch.manual_seed(mix(INIT, args.seed))
     model = build_model(args, len(data.classes)).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # not on the CPU: GroupNorm is 20 times slower there
@@ -1089,7 +1125,7 @@ def train(args):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ema(shown[:1], torch.zeros(1, dtype=torch.long, device=device), None, None if cond is None else cond[:1])
         flops = 3 * counter.get_total_flops()  # forward once, backward twice; 2 per multiply-add
-    log = begin_log(out, start, resumed=state is not None) if rank == 0 else []
+    log = begin_log(out, start, resumed=state is not None and Path(args.resume).parent == out) if rank == 0 else []
     say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, "
         f"{str(dtype)[6:]}; {sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; writes to {out}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
@@ -1106,11 +1142,11 @@ def train(args):
     interrupt, loss_sum, seen, clock = Interrupt(), torch.zeros((), device=device), 0, time.time()
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
-        record, last = {}, step == args.steps
+        record, last, stop = {}, step == args.steps, 0
         evaluate = last or step > start and step % args.eval_every == 0
         if step > start and (step % log_every == 0 or evaluate or interrupt.code and world == 1):
             stats = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, interrupt.code)])).tolist()
-            interrupt.code = interrupt.code or 130 * (stats[1] > 0)  # a signal to any rank stops all
+            stop = (interrupt.code or 130) if stats[1] else 0  # a signal to any rank stops all of them here
             loss, rate = stats[0] / seen, seen * args.batch_size / (time.time() - clock)
             if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
                 raise Stop(f"the loss is {loss:.3g} at step {step}: --lr {args.lr} made training diverge", 1)
@@ -1120,12 +1156,11 @@ def train(args):
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
             loss_sum.zero_()
             seen, clock = 0, time.time()
-        if interrupt.code and record:  # a loss that was looked at, so what is saved is sound
+        if stop:
             save(step)
-            raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", interrupt.code)
+            raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", stop)
         if evaluate:
-            with amp():
-                val, bins = validate(ema, data, args, alpha_bar, device, rank, world)
+            val, bins = validate(ema, data, args, alpha_bar, device, rank, world, amp)
             if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
                 raise Stop(f"the validation loss is {val:.3g} at step {step}: training diverged at --lr {args.lr}", 1)
             best = min(best, val)
@@ -1148,23 +1183,11 @@ def train(args):
         if last:
             break
 
-        for group in opt.param_groups:
+        for group in opt.param_groups:  # 50 steps up, while Adam's averages settle, then a straight line to 0
             group["lr"] = args.lr * min((step + 1) / 50, (args.steps - step) / args.steps)
-        torch.manual_seed(mix(args.seed, rank, step))  # dropout
-        x0, eps, t, labels, box = train_batch(data, args, step, device, rank, world)
-        for i, part in enumerate(torch.arange(len(x0)).chunk(args.accum)):
-            p = slice(part[0], part[-1] + 1)
-            if world > 1:
-                model.require_backward_grad_sync = i == args.accum - 1  # gradients are averaged once per step
-            with amp():
-                given = make_condition(args.condition, x0[p], box[p])
-                call = guided(model, None if labels is None else labels[p], given, 1.0)
-                loss = loss_fn(call, x0[p], eps[p], t[p], alpha_bar, args.pred, args.min_snr).mean() / args.accum
-            loss.backward()
-            loss_sum += loss.detach()
-        nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        torch.manual_seed(mix(DROPOUT, args.seed, rank, step))
+        batch = train_batch(data, args, step, device, rank, world)
+        loss_sum += train_step(model, opt, batch, args, alpha_bar, amp)
         update_ema(ema, raw_model, min(args.ema_decay, (1 + step) / (10 + step)))  # warm-up: forget the random start
         seen += 1
         bar.update()
@@ -1172,7 +1195,8 @@ def train(args):
     if rank == 0:
         draw_pictures(out, ema, data, args, alpha_bar, device, y, cond)
         plot_loss(out / "loss.png", log)
-        say(f"done in {time.time() - began:.0f} s; the samples are {out / f'samples/{args.steps:06d}.png'}")
+        say(f"done in {time.time() - began:.0f} s; best val_loss {best:.4f}; see {out}/samples/{args.steps:06d}.png")
+    sum_over_ranks(torch.zeros(1, device=device)).item()  # the others wait for the pictures
 
 
 def sample_only(args):
@@ -1210,7 +1234,7 @@ def sample_only(args):
     (out / "generated").mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"generated/{'[0-9]' * 6}.png") if rank == 0 else ():
         old.unlink()  # a larger earlier set must not mix with this one
-    sum_over_ranks(torch.zeros(1, device=device))  # all wait for that
+    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.arange(n)[rank::world]
     batches = [mine[k:k + 64] for k in range(0, len(mine), 64)]
     for i in tqdm(batches, "sampling", disable=True if rank else None):
@@ -1223,7 +1247,7 @@ def sample_only(args):
         if i[0] == 0:  # the first batch as a grid; with --input: what it was given, what it made of it, what it was
             rows = np.stack(rows, 1).reshape(-1, *x.shape[1:])
             save_png(out / "generated.png", tile(rows, 8 if given is None else 9))
-    sum_over_ranks(torch.zeros(1, device=device))
+    sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         print(f"{n} pictures in {out / 'generated'}, the first of them together in {out / 'generated.png'}; "
               f"{args.sampler}, {args.sample_steps} steps, {time.time() - began:.0f} s on {device} x {world}")
@@ -1245,12 +1269,13 @@ def main(argv=None):
             train(args)
             if args.smoke:
                 again = ["--smoke", "--sample", "4", "--ckpt", f"{args.out}/model.safetensors", "--out", args.out]
+                again += ["--input", "drawn_faces"] if args.condition != "none" else []
                 sample_only(parse_args(again + ["--device", args.device]))
         return 0
     except Stop as e:
-        sentence, code = str(e), e.code
+        sentence, code = str(e) if int(os.environ.get("RANK", 0)) == 0 else None, e.code  # all ranks raise it
     except KeyboardInterrupt as e:
-        sentence, code = "stopped before there was anything to save", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; a ckpt.pt saved earlier is whole", 128 + (e.args or (2,))[0]
     except torch.OutOfMemoryError:
         sentence, code = "the GPU's memory is full: raise --accum or lower --batch_size", 1
     except OSError as e:
@@ -1258,7 +1283,7 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0 or code == 1:
+    if sentence:
         print(f"ddpm_images.py: {sentence}", file=sys.stderr)
     return code
 
