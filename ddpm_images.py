@@ -52,8 +52,8 @@ from tqdm import tqdm
 # Knobs. A preset fills in what is not given by hand; --help shows the values of the one in force.
 
 PRESETS = {
-    "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
-                steps=1800, batch_size=32, lr=2e-3, ema_decay=0.99, eval_every=300, sample_steps=25),
+    "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=8, dropout=0.0, pred="x0", min_snr=5.0,
+                steps=1700, batch_size=32, lr=2e-3, ema_decay=0.99, eval_every=425, sample_steps=25),
     "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
                 steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
     "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
@@ -926,7 +926,7 @@ def plot_loss(path, records):
 # Sampling and training.
 
 ARCHITECTURE = "size patch width mults blocks attn dropout class_cond condition schedule pred".split()
-FREE_ON_RESUME = "device dtype compile accum sampler sample_steps eta cfg_scale resume smoke".split()
+FREE_ON_RESUME = "steps out eval_every device dtype compile accum sampler sample_steps eta cfg_scale".split()
 P_UNCOND = 0.1  # share of labels that training hides, so that one network learns both sides of the guidance
 
 
@@ -1065,8 +1065,8 @@ def train(args):
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.resume:
         state = load_checkpoint(args.resume, "ddpm_images.py")
-        free = FREE_ON_RESUME + [k for k in ("steps", "out", "eval_every") if k in args.given]
-        adopt(args, state["args"], vars(args).keys() - set(free) - {"given"}, args.resume)
+        own = {"given", "resume"} | args.given & set(FREE_ON_RESUME)
+        adopt(args, state["args"], vars(args).keys() - own, args.resume)
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
     made = [None]
