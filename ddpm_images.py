@@ -9,7 +9,8 @@
     python ddpm_images.py --sample 8 --input my_photos --ckpt out/ddpm_images/model.safetensors
     torchrun --nproc_per_node=8 ddpm_images.py --data animal_faces
 
-Expected: @EXPECTED@
+Expected, first line: 310 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), the final grid after 298 s, loss
+0.0185, val_loss 0.0190. GPU: not measured yet.
 Writes out/ddpm_images/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, forward.png, reverse.gif,
 training.gif, interpolation.png.
 
