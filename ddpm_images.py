@@ -1159,6 +1159,9 @@ def train(args):
             seen, clock = 0, time.time()
         if stop:
             save(step)
+            if rank == 0:
+                with open(out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(record) + "\n")
             raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", stop)
         if evaluate:
             val, bins = validate(ema, data, args, alpha_bar, device, rank, world, amp)

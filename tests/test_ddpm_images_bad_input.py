@@ -225,8 +225,8 @@ CASES = {  # what is wrong: (arguments before, arguments, words that the sentenc
         "weight_word": "", "no_weight": "weight", "no_best": "best", "shape": "(2, 3)", "ema_shape": "(2, 3)",
         "opt_list": "", "opt_groups": "", "opt_shape": "", "opt_empty": "", "opt_word": "",
         "key": "pictures.npz"}.items()},
-    "resume: another --lr": ([], f"--resume {CKPT} --lr 0.5", f"--lr 0.5 {CKPT} 0.001"),
-    "resume: another --lr with =": ([], f"--resume {CKPT} --lr=0.5", f"--lr 0.5 {CKPT} 0.001"),
+    "resume: another --lr": ([], f"--resume {CKPT} --lr 0.5", f"--lr 0.5 {CKPT} 0.002"),
+    "resume: another --lr with =": ([], f"--resume {CKPT} --lr=0.5", f"--lr 0.5 {CKPT} 0.002"),
     "resume: another --size": ([], f"--resume {CKPT} --size 32", f"--size 32 {CKPT} 16"),
     "resume: --no-flip": ([], f"--resume {CKPT} --no-flip", f"flip {CKPT}"),
     "resume: other --data": ([], f"--resume {CKPT} --data bad/flat", f"--data bad/flat {CKPT} pictures.npz"),
@@ -378,7 +378,7 @@ def test_torn_log(capsys):
     shutil.copytree("out/ddpm_images", "new")
     with open("new/log.jsonl", "a") as f:
         f.write('{"step": 2, "lo')
-    assert run(["--resume", CKPT, "--out", "new", "--steps", "3"], capsys) == (0, "")
+    assert run(["--resume", "new/ckpt.pt", "--out", "new", "--steps", "3"], capsys) == (0, "")
     assert [json.loads(line)["step"] for line in Path("new/log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
