@@ -12,7 +12,7 @@
 Expected, first line: 310 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), the final grid after 298 s, loss
 0.0185, val_loss 0.0190. GPU: not measured yet.
 Writes out/ddpm_images/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, forward.png, reverse.gif,
-training.gif, interpolation.png.
+training.gif, interpolation.png; with --sample generated/ and generated.png. A new run keeps an old one's as *.old.
 
 Papers: DDPM 2006.11239, improved DDPM 2102.09672, DDIM 2010.02502, v-prediction 2202.00512, min-SNR 2303.09556,
 ADM (UNet) 2105.05233, classifier-free guidance 2207.12598, DPM-Solver++ 2211.01095.
@@ -37,7 +37,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -53,11 +53,11 @@ from tqdm import tqdm
 # Knobs. A preset fills in what is not given by hand; --help shows the values of the one in force.
 
 PRESETS = {
-    "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=8, dropout=0.0, pred="x0", min_snr=5.0,
-                steps=1700, batch_size=32, lr=2e-3, ema_decay=0.99, eval_every=425, sample_steps=25),
+    "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=8, dropout=0.0, pred="x0", min_snr=0.5,
+                steps=1700, batch_size=32, lr=1e-3, ema_decay=0.999, eval_every=425, sample_steps=50),
     "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
-                steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
-    "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=5.0,
+                steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=250),
+    "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=0.5,
                   steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4),
 }
 SCHEDULES, PREDICTIONS = ["cosine", "linear"], ["eps", "v", "x0"]
@@ -65,6 +65,7 @@ CONDITION_CHANNELS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "mask": 4}
 
 
 def parse_args(argv=None):
+    """The settings: flags given by hand, then the preset's. Wrong ones end the script with a sentence and status 2."""
     argv = sys.argv[1:] if argv is None else argv
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the preset decides the defaults of the rest
     early.add_argument("--preset")
@@ -107,8 +108,7 @@ def parse_args(argv=None):
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--input", metavar="FOLDER", help="with --sample: the pictures to translate")
-    g.add_argument("--sampler", choices=["ddpm", "ddim", "dpmpp_2m"], default="dpmpp_2m",
-                   help="how to get from noise to data")
+    g.add_argument("--sampler", choices=["ddpm", "ddim", "dpmpp_2m"], default="ddpm", help="how noise becomes data")
     g.add_argument("--sample_steps", type=int, help="network calls per sample")
     g.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds back: 0 = none, 1 = as much as ddpm")
     g.add_argument("--cfg_scale", type=float, default=1.0, help="strength of classifier-free guidance; 1 = off")
@@ -560,18 +560,6 @@ class Pictures(torch.utils.data.Dataset):
             return f"{name}: {str(e) or type(e).__name__}".splitlines()[0], -1
 
 
-class Data(NamedTuple):
-    """images uint8 (N, size, size, 3), labels (N,); train and val hold the numbers of the pictures on either side."""
-    name: str
-    key: str
-    classes: list
-    broken: list
-    images: np.ndarray
-    labels: np.ndarray
-    train: np.ndarray
-    val: np.ndarray
-
-
 def prepare_data(data, size, drawn=DRAWN_FACES):
     """Reads the pictures into data/cache/NAME-SIZE-KEY.uint8 and .json, unless they are there -> that path."""
     source = Pictures(animal_faces() if data == "animal_faces" else data, size, drawn)
@@ -600,13 +588,32 @@ def prepare_data(data, size, drawn=DRAWN_FACES):
 
 
 def open_data(cache):
-    """The Data that prepare_data made. A tenth, at most 256 pictures, is held out, the same in every run."""
-    about = json.loads(cache.with_suffix(".json").read_text())
-    n = len(about["labels"])
-    shuffled, n_val = np.random.default_rng(0).permutation(n), min(256, n // 10)
-    images = np.memmap(cache, np.uint8, "r", shape=(n, about["size"], about["size"], 3))
-    return Data(about["name"], about["key"], about["classes"], about["broken"], images, np.array(about["labels"]),
-                shuffled[n_val:], shuffled[:n_val])  # not sorted: files come in the order of their classes
+    """What prepare_data made -> name, key, classes, broken, images uint8 (N, size, size, 3), labels (N,), and train and
+    val, the numbers of the pictures on either side. A tenth, at most 256, is held out, the same in every run."""
+    data = SimpleNamespace(**json.loads(cache.with_suffix(".json").read_text()))
+    n, data.labels = len(data.labels), np.array(data.labels)
+    data.images = np.memmap(cache, np.uint8, "r", shape=(n, data.size, data.size, 3))
+    data.val, data.train = np.split(np.random.default_rng(0).permutation(n), [min(256, n // 10)])
+    return data
+
+
+def shared_data(args, world):
+    """open_data of what the first rank of each node prepares. When one of them fails, all ranks raise its Stop."""
+    made = None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            made = prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES)
+        except Stop as e:
+            made = e
+    everyones = [made] * world
+    if world > 1:
+        dist.all_gather_object(everyones, made)
+    for made in everyones:
+        if isinstance(made, Stop):
+            raise made
+    if len(set(everyones) - {None}) > 1:
+        raise Stop(f"--data {args.data} is not the same on all nodes")
+    return open_data(everyones[0])
 
 
 def animal_faces():
@@ -767,15 +774,11 @@ def load_safetensors(path):
 
 def load_weights(model, tensors, path):
     """load_state_dict that says in a sentence why the weights in `path` are not those of this model."""
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-        raise Stop(f"{path} has been edited: its weights are not tensors")
-    have = {k: tuple(v.shape) for k, v in tensors.items()}
-    wrong = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
-    if wrong:
-        raise Stop(f"{path} is of another architecture: {len(wrong)} weights do not match, such as {wrong[0]}, "
-                   f"{have.get(wrong[0], 'missing')} where the model has {want.get(wrong[0], 'none')}")
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except (AttributeError, RuntimeError, TypeError) as e:
+        details = " ".join(str(e).partition(":")[2].split()) or str(e)
+        raise Stop(f"{path} is of another architecture: {details[:200]}")
 
 
 def load_checkpoint(path, script):
@@ -797,36 +800,32 @@ def download(url, path, is_whole=lambda path: True, tries=5):
     """url -> path, on from path.part if that exists, checked against the size the server names. Raises Stop."""
     part, by_hand = path.with_name(path.name + ".part"), f"fetch {url} by hand and put it at {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(tries):
-        have, size = part.stat().st_size if part.exists() else 0, None
+    for _ in range(tries):
+        have, why = part.stat().st_size if part.exists() else 0, "the connection broke"
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer, open(part, "ab") as f:
-                if answer.status != 206:  # the whole file, whatever was asked for
-                    have = f.truncate(0)
-                size = have + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
-                with tqdm(total=size, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+            with urllib.request.urlopen(request, timeout=30) as answer, \
+                    open(part, "ab" if answer.status == 206 else "wb") as f:  # 200: the whole file, whatever was asked
+                end = f.tell() + int(answer.headers["Content-Length"] or 0)
+                with tqdm(None, path.name, end, initial=f.tell(), unit="B", unit_scale=True, disable=None) as bar:
                     while block := answer.read1(1 << 20):
                         bar.update(f.write(block))
-        except urllib.error.HTTPError as e:
-            if e.code == 416 and have:    # the part is as long as the file or longer: start afresh
+                whole = f.tell() >= end
+            if whole and is_whole(part):
+                os.replace(part, path)
+                return
+            if whole:
                 part.unlink()
-                continue
-            raise Stop(f"the server says {e.code} {e.reason}; {by_hand}", 1)
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
-            if attempt == tries - 1 or not part.exists() or part.stat().st_size == have:  # no progress
-                raise Stop(f"the download broke off ({getattr(e, 'reason', e)}); {by_hand}", 1)
-            continue
-        if size is not None and part.stat().st_size < size:  # cut off: go on from here
-            if part.stat().st_size > have and attempt == tries - 1:
-                raise Stop(f"the connection broke {tries} times, start again to go on; {by_hand}", 1)
-            continue
-        if is_whole(part):
-            os.replace(part, path)
-            return
-        break
-    part.unlink(missing_ok=True)
-    raise Stop(f"what came is not the file; {by_hand}", 1)
+                raise Stop(f"what came is not the file; {by_hand}", 1)
+        except urllib.error.HTTPError as e:
+            if e.code != 416:
+                raise Stop(f"the server says {e.code} {e.reason}; {by_hand}", 1)
+            part.unlink()  # as long as the file or longer: start afresh
+        except (http.client.HTTPException, OSError) as e:
+            why = getattr(e, "reason", e)
+            if not part.exists() or part.stat().st_size == have:
+                break
+    raise Stop(f"the download broke off ({why}); start again to go on, or {by_hand}", 1)
 
 
 def setup(args):
@@ -848,18 +847,18 @@ def sum_over_ranks(x):
     return x
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM are noted, so that the step in hand can end; a second one ends at once. code: 0, 130, 143."""
+def note_signals():
+    """-> a list that takes the exit status (130, 143) of Ctrl-C or SIGTERM, so that the step in hand can end; a second
+    signal ends at once."""
+    noted = []
 
-    def __init__(self):
-        self.code = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        if self.code:
-            raise KeyboardInterrupt
-        self.code = 128 + number
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt(number)
+        noted.append(128 + number)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return noted
 
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10": 125, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
@@ -1027,7 +1026,8 @@ def draw_pictures(out, ema, data, args, alpha_bar, device, y, cond):
     y, cond = (None if c is None else c[torch.arange(n, device=device) % len(c)] for c in (y, cond))
     generate(ema, args, alpha_bar, range(n), device, y, cond, on_step=lambda t, xt, x0: frames.append(
         np.concatenate([tile(to_uint8(x), 4) for x in (xt, x0)], 1)))                    # noisy left, its guess right
-    save_gif(out / "reverse.gif", frames)
+    k = -(-len(frames) // 25)                                                            # at most 25 of them
+    save_gif(out / "reverse.gif", frames[(len(frames) - 1) % k::k])
 
     a, b = next(image_noise(args.seed, range(8), x0.shape[1:], device)).chunk(2)
     angle = torch.linspace(0, math.pi / 2, 8, device=device).view(1, -1, 1, 1, 1)        # a path of constant variance
@@ -1060,6 +1060,23 @@ def begin_log(out, start, resumed):
     return records
 
 
+def restore(state, model, ema, opt, args):
+    """Put a checkpoint's contents into model, ema and opt -> steps done, best validation loss. Raises Stop."""
+    load_weights(model, state["model"], args.resume)
+    load_weights(ema, state["ema"], args.resume)
+    try:
+        opt.load_state_dict(state["opt"])
+        start, best = int(state["step"]), float(state["best"])
+        if start < 0 or any(opt.state[p][k].shape != p.shape for p in model.parameters() for k in
+                            ("exp_avg", "exp_avg_sq")):
+            raise ValueError("step or optimizer state")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise Stop(f"--resume {args.resume} has been edited: {e!r}")
+    if start > args.steps:
+        raise Stop(f"{args.resume} has done {start} steps already; say how far to go on with --steps")
+    return start, best
+
+
 def train(args):
     """The whole run. All randomness follows from (seed, step): a run that was cut goes on bit for bit, on the CPU."""
     began, (device, rank, world), state = time.time(), setup(args), None
@@ -1070,17 +1087,7 @@ def train(args):
         adopt(args, state["args"], vars(args).keys() - own, args.resume)
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
-    made = [None]
-    if rank == 0:
-        try:
-            made = [prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES)]
-        except Stop as e:
-            made = [e]
-    if world > 1:
-        dist.broadcast_object_list(made)
-    if isinstance(made[0], Stop):  # all ranks leave together
-        raise made[0]
-    data = open_data(made[0])
+    data = shared_data(args, world)
     if data.broken:
         say(f"{len(data.broken)} pictures cannot be read and are left out: " + "; ".join(data.broken[:9]))
     if state and state["key"] != data.key:
@@ -1095,18 +1102,7 @@ def train(args):
     ema, start, best = copy.deepcopy(model).eval().requires_grad_(False), 0, math.inf
     opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
     if state:
-        load_weights(model, state["model"], args.resume)
-        load_weights(ema, state["ema"], args.resume)
-        try:
-            opt.load_state_dict(state["opt"])
-            start, best = int(state["step"]), float(state["best"])
-            if start < 0 or any(opt.state[p][k].shape != p.shape for p in model.parameters() for k in
-                                ("exp_avg", "exp_avg_sq")):
-                raise ValueError("step or optimizer state")
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise Stop(f"--resume {args.resume} has been edited: {e!r}")
-    if start > args.steps:
-        raise Stop(f"{args.resume} has done {start} steps already; say how far to go on with --steps")
+        start, best = restore(state, model, ema, opt, args)
     raw_model = model
     if args.compile:
         raw_model.compile()
@@ -1121,12 +1117,13 @@ def train(args):
     n_show = len(shown) if args.condition != "none" else n_show
     cond = make_condition(args.condition, shown)
     y = torch.arange(n_show, device=device) % len(data.classes) if args.class_cond else None
-    flops, peak = 0, peak_flops(device)
+    peak = peak_flops(device)
     if peak:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ema(shown[:1], torch.zeros(1, dtype=torch.long, device=device), None, None if cond is None else cond[:1])
         flops = 3 * counter.get_total_flops()  # forward once, backward twice; 2 per multiply-add
     log = begin_log(out, start, resumed=state is not None and Path(args.resume).parent == out) if rank == 0 else []
+    began -= log[-1]["seconds"] if log else 0  # a resumed run counts on
     say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, "
         f"{str(dtype)[6:]}; {sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; writes to {out}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
@@ -1140,55 +1137,62 @@ def train(args):
                 format="pt", script="ddpm_images.py", kind="unet", args=json.dumps(settings),
                 data=json.dumps(dict(name=data.name, key=data.key, classes=data.classes, step=step))))
 
-    interrupt, loss_sum, seen, clock = Interrupt(), torch.zeros((), device=device), 0, time.time()
-    bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
-    for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
-        record, last, stop = {}, step == args.steps, 0
-        evaluate = last or step > start and step % args.eval_every == 0
-        if step > start and (step % log_every == 0 or evaluate or interrupt.code and world == 1):
-            stats = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, interrupt.code)])).tolist()
-            stop = (interrupt.code or 130) if stats[1] else 0  # a signal to any rank stops all of them here
-            loss, rate = stats[0] / seen, seen * args.batch_size / (time.time() - clock)
-            if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
-                raise Stop(f"the loss is {loss:.3g} at step {step}: --lr {args.lr} made training diverge", 1)
-            lr = opt.param_groups[0]["lr"]
-            record = dict(data=data.name, step=step, loss=loss, lr=lr, img_per_s=rate, seconds=time.time() - began,
-                          peak_gb=peak_memory(device), **({"mfu": flops * rate / world / peak} if peak else {}))
-            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
-            loss_sum.zero_()
-            seen, clock = 0, time.time()
-        if stop:
-            save(step)
-            if rank == 0:
-                with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(record) + "\n")
-            raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", stop)
-        if evaluate:
-            val, bins = validate(ema, data, args, alpha_bar, device, rank, world, amp)
-            if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
-                raise Stop(f"the validation loss is {val:.3g} at step {step}: training diverged at --lr {args.lr}", 1)
-            best = min(best, val)
-            record.update(step=step, val_loss=val, val_bins=bins)
-            if rank == 0:
-                grid = generate(ema, args, alpha_bar, range(n_show), device, y, cond)
-                if cond is not None:  # what it was given, what it made of it, what it was
-                    grid = torch.stack([cond[:, :3].expand(-1, 3, -1, -1), grid, shown], 1).flatten(0, 1)
-                columns = int(n_show ** 0.5) if cond is None else 9
-                save_png(out / f"samples/{step:06d}.png", tile(to_uint8(grid), columns))
-            save(step)
-            clock = time.time()
-        if record and rank == 0:
+    def write_record(step, record):
+        if rank == 0:
+            record = dict(data=data.name, step=step, **record, seconds=time.time() - began, peak_gb=peak_memory(device))
             log.append(record)
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             if bar.disable or "val_loss" in record:
                 tqdm.write("  ".join(f"{k} {record[k]:.{d}f}" for k, d in dict(
                     step=0, loss=4, val_loss=4, img_per_s=0, mfu=3, seconds=0).items() if k in record))
+
+    noted, loss_sum, seen, clock = note_signals(), torch.zeros((), device=device), 0, time.time()
+    bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
+    for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
+        record, last = {}, step == args.steps
+        evaluate = last or step % args.eval_every == 0 and (step > start or step == 0)  # also the untrained network
+
+        # once in a while: read the loss off the device, and hear whether any rank was asked to stop
+        if step > start and (step % log_every == 0 or evaluate or noted and world == 1):
+            loss, stop = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, len(noted))])).tolist()
+            loss, rate = loss / seen, seen * args.batch_size / (time.time() - clock)
+            if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
+                raise Stop(f"the loss is {loss:.3g} at step {step}: --lr {args.lr} made training diverge", 1)
+            record.update(loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate)
+            if peak:
+                record["mfu"] = flops * rate / world / peak
+            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
+            loss_sum.zero_()
+            seen, clock = 0, time.time()
+            if stop:
+                save(step)
+                write_record(step, record)
+                raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", [*noted, 130][0])
+
+        # once in a while: validation loss, sample grid, checkpoint
+        if evaluate:
+            val, bins = validate(ema, data, args, alpha_bar, device, rank, world, amp)
+            if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
+                raise Stop(f"the validation loss is {val:.3g} at step {step}: training diverged at --lr {args.lr}", 1)
+            best = min(best, val)
+            record.update(val_loss=val, val_bins=bins)
+            if rank == 0:
+                grid = generate(ema, args, alpha_bar, range(n_show), device, y, cond)
+                if cond is not None:  # what it was given, what it made of it, what it was
+                    grid = torch.stack([cond[:, :3].expand(-1, 3, -1, -1), grid, shown], 1).flatten(0, 1)
+                columns = int(n_show ** 0.5) if cond is None else 9
+                save_png(out / f"samples/{step:06d}.png", tile(to_uint8(grid), columns))
+            if step > 0:  # nothing is learnt yet, and an earlier run's .old files must not make way for that
+                save(step)
+            clock = time.time()
+        if record:
+            write_record(step, record)
         if last:
             break
 
-        for group in opt.param_groups:  # 50 steps up, while Adam's averages settle, then a straight line to 0
-            group["lr"] = args.lr * min((step + 1) / 50, (args.steps - step) / args.steps)
+        for group in opt.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 50)  # warm-up, while Adam's averages settle
         torch.manual_seed(mix(DROPOUT, args.seed, rank, step))
         batch = train_batch(data, args, step, device, rank, world)
         loss_sum += train_step(model, opt, batch, args, alpha_bar, amp)
@@ -1222,18 +1226,18 @@ def sample_only(args):
     if (args.condition == "none") != (args.input is None):
         raise Stop(f"{args.ckpt} " + ("draws from noise alone, so --input has no use" if args.input else
                                       f"translates pictures ({args.condition}): name some with --input FOLDER"))
-    n, given = args.sample, None
+    n, pictures = args.sample, None
     if args.input:
         try:
             source = Pictures(args.input, args.size)
         except Stop as e:
             raise Stop(str(e).replace("--data", "--input"))
         n = min(n, len(source))
-        given = [source[i][0] for i in range(n)]
-        wrong = [g for g in given if isinstance(g, str)]
-        if wrong or not given:
+        pictures = [source[i][0] for i in range(n)]
+        wrong = [p for p in pictures if isinstance(p, str)]
+        if wrong or not pictures:
             raise Stop(f"--input {args.input}: " + (f"cannot read {wrong[0]}" if wrong else "no pictures in it"))
-        given = torch.from_numpy(np.stack(given)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pictures = SimpleNamespace(images=np.stack(pictures))
     out = Path(args.out)
     (out / "generated").mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"generated/{'[0-9]' * 6}.png") if rank == 0 else ():
@@ -1243,14 +1247,15 @@ def sample_only(args):
     batches = [mine[k:k + 64] for k in range(0, len(mine), 64)]
     for i in tqdm(batches, "sampling", disable=True if rank else None):
         y = torch.as_tensor(i % len(classes), device=device) if args.class_cond else None
-        cond = None if given is None else make_condition(args.condition, given[i].to(device))
+        x0 = None if pictures is None else load_pictures(pictures, i, device)
+        cond = make_condition(args.condition, x0)
         x = to_uint8(generate(model, args, alpha_bar, i, device, y, cond))
-        rows = [x] if given is None else [to_uint8(cond[:, :3].expand(-1, 3, -1, -1)), x, to_uint8(given[i])]
+        rows = [x] if cond is None else [to_uint8(cond[:, :3].expand(-1, 3, -1, -1)), x, to_uint8(x0)]
         for j, picture in zip(i, x):
             Image.fromarray(picture).save(out / f"generated/{j:06d}.png")
         if i[0] == 0:  # the first batch as a grid; with --input: what it was given, what it made of it, what it was
             rows = np.stack(rows, 1).reshape(-1, *x.shape[1:])
-            save_png(out / "generated.png", tile(rows, 8 if given is None else 9))
+            save_png(out / "generated.png", tile(rows, 8 if cond is None else 9))
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         print(f"{n} pictures in {out / 'generated'}, the first of them together in {out / 'generated.png'}; "
@@ -1262,6 +1267,7 @@ def sample_only(args):
 
 
 def main(argv=None):
+    """-> the exit status: 0, 1 for a failure at run time, 2 for wrong input, 130 or 143 after Ctrl-C or SIGTERM."""
     def terminate(number, frame):
         raise KeyboardInterrupt(number)
     signal.signal(signal.SIGTERM, terminate)

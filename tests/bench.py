@@ -2,7 +2,7 @@
 
     make bench                           # both parts; judges out/ddpm_images/model.safetensors when that exists
     python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch; some minutes
-    python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers dpmpp_2m:25,ddim:50
+    python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
 
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
@@ -320,7 +320,7 @@ def main():
     p.add_argument("--parts", default="step,quality", help="which of step,quality to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
     p.add_argument("--ckpt", nargs="+", default=[], help="quality: model.safetensors files")
-    p.add_argument("--samplers", default="dpmpp_2m:25", help="quality: NAME:STEPS,... for each --ckpt")
+    p.add_argument("--samplers", default="ddpm:50", help="quality: NAME:STEPS,... for each --ckpt")
     p.add_argument("--pictures", nargs="+", default=[], help="quality: folders of pictures")
     p.add_argument("--n", type=int, default=512, help="quality: pictures to sample and to draw")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

@@ -309,9 +309,21 @@ def test_resume_is_exact(faces, monkeypatch):
     a, b = (mm.load_safetensors(f"{out}/model.safetensors")[0] for out in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     logs = [[json.loads(line) for line in open(f"{out}/log.jsonl")] for out in ("whole", "cut")]
-    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] == [1, 2, 3, 4, 5, 6]
-    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] == [0, 1, 2, 3, 4, 5, 6]
+    assert [r.get("loss") for r in logs[0]] == [r.get("loss") for r in logs[1]]
     assert [r.get("val_loss") for r in logs[0]] == [r.get("val_loss") for r in logs[1]]
+
+
+def test_more_steps_than_first_asked_for(faces):
+    """n steps, resumed for n more, equal 2n steps: nothing in a run may depend on where it is meant to end."""
+    flags = ["--data", faces, *TINY, "--class_cond", "--dropout", "0.2", "--eval_every", "2"]
+    assert run(*flags, "--out", "whole", "--steps", "8") == 0
+    assert run(*flags, "--out", "half", "--steps", "4") == 0
+    assert run("--resume", "half/ckpt.pt", "--out", "half", "--steps", "8") == 0
+    (_, whole), (step, resumed) = weights("whole/ckpt.pt"), weights("half/ckpt.pt")
+    assert step == 8 and [k for k in whole if not torch.equal(whole[k], resumed[k])] == []
+    seconds = [json.loads(line)["seconds"] for line in open("half/log.jsonl")]
+    assert seconds == sorted(seconds), "time goes on where it was"
 
 
 def test_accumulation_changes_nothing(faces):
@@ -349,8 +361,8 @@ def test_the_whole_path(faces, flags, tmp_path):
     assert run("--data", faces, *TINY, *flags, "--steps", "2", "--eval_every", "1") == 0
     out = tmp_path / "out/ddpm_images"
     made = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    assert made == {"ckpt.pt", "model.safetensors", "log.jsonl", "samples/000001.png", "samples/000002.png", "forward.png",
-                    "reverse.gif", "training.gif", "interpolation.png", "loss.png"}
+    assert made == {"ckpt.pt", "model.safetensors", "log.jsonl", "samples/000000.png", "samples/000001.png",
+                    "samples/000002.png", "forward.png", "reverse.gif", "training.gif", "interpolation.png", "loss.png"}
     assert Image.open(out / "reverse.gif").n_frames == 2
     tensors, about = mm.load_safetensors(out / "model.safetensors")
     assert about["script"] == "ddpm_images.py" and json.loads(about["data"])["classes"] == [str(i) for i in range(8)]
@@ -376,7 +388,7 @@ def test_the_loss_falls_and_the_ema_is_what_is_saved(faces, tmp_path):
     assert run("--data", faces, *TINY, "--pred", "x0", "--steps", "40", "--eval_every", "20", "--lr", "3e-3") == 0
     losses = [json.loads(line).get("val_loss") for line in open("out/ddpm_images/log.jsonl")]
     losses = [x for x in losses if x]
-    assert len(losses) == 2 and losses[1] < 0.8 * losses[0]
+    assert len(losses) == 3 and losses[2] < 0.8 * losses[1] < losses[0]
     state = torch.load("out/ddpm_images/ckpt.pt", weights_only=True)
     saved = mm.load_safetensors("out/ddpm_images/model.safetensors")[0]
     assert all(torch.equal(saved[k], state["ema"][k]) for k in saved)

@@ -222,11 +222,11 @@ CASES = {  # what is wrong: (arguments before, arguments, words that the sentenc
         "other": "cfm_images.py", "cut": "", "text": "", "nothing": "", "pickle": "", "list": "", "no_opt": "",
         "no_args": "", "args_none": "", "no_lr": "lr", "lr_word": "lr", "mults_words": "mults", "blocks_0": "blocks",
         "condition": "condition", "batch_0": "batch_size", "step_word": "", "step_minus": "step", "model_number": "",
-        "weight_word": "", "no_weight": "weight", "no_best": "best", "shape": "(2, 3)", "ema_shape": "(2, 3)",
+        "weight_word": "", "no_weight": "weight", "no_best": "best", "shape": "[2, 3]", "ema_shape": "[2, 3]",
         "opt_list": "", "opt_groups": "", "opt_shape": "", "opt_empty": "", "opt_word": "",
         "key": "pictures.npz"}.items()},
-    "resume: another --lr": ([], f"--resume {CKPT} --lr 0.5", f"--lr 0.5 {CKPT} 0.002"),
-    "resume: another --lr with =": ([], f"--resume {CKPT} --lr=0.5", f"--lr 0.5 {CKPT} 0.002"),
+    "resume: another --lr": ([], f"--resume {CKPT} --lr 0.5", f"--lr 0.5 {CKPT} 0.001"),
+    "resume: another --lr with =": ([], f"--resume {CKPT} --lr=0.5", f"--lr 0.5 {CKPT} 0.001"),
     "resume: another --size": ([], f"--resume {CKPT} --size 32", f"--size 32 {CKPT} 16"),
     "resume: --no-flip": ([], f"--resume {CKPT} --no-flip", f"flip {CKPT}"),
     "resume: other --data": ([], f"--resume {CKPT} --data bad/flat", f"--data bad/flat {CKPT} pictures.npz"),
@@ -379,7 +379,7 @@ def test_torn_log(capsys):
     with open("new/log.jsonl", "a") as f:
         f.write('{"step": 2, "lo')
     assert run(["--resume", "new/ckpt.pt", "--out", "new", "--steps", "3"], capsys) == (0, "")
-    assert [json.loads(line)["step"] for line in Path("new/log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in Path("new/log.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
 
 
 def test_earlier_run_is_kept(capsys):
