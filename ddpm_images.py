@@ -8,11 +8,13 @@
     python ddpm_images.py --condition gray            # colourise; also lowres, edges, mask; then apply it to a folder:
     python ddpm_images.py --sample 8 --input my_photos --ckpt out/ddpm_images/model.safetensors
     torchrun --nproc_per_node=8 ddpm_images.py --data animal_faces
+    python ddpm_images.py --schedule linear --pred eps --min_snr 0 --sample_steps 1000     # the choices of the paper
 
 Expected, first line: 310 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), the final grid after 298 s, loss
 0.0185, val_loss 0.0190. GPU: not measured yet.
 Writes out/ddpm_images/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, forward.png, reverse.gif,
-training.gif, interpolation.png; with --sample generated/ and generated.png. A new run keeps an old one's as *.old.
+training.gif, interpolation.png; with --sample generated/ and generated.png. A new run renames the first three of an
+old one to *.old, and replaces the rest.
 
 Papers: DDPM 2006.11239, improved DDPM 2102.09672, DDIM 2010.02502, v-prediction 2202.00512, min-SNR 2303.09556,
 ADM (UNet) 2105.05233, classifier-free guidance 2207.12598, DPM-Solver++ 2211.01095.
@@ -54,13 +56,16 @@ from tqdm import tqdm
 
 PRESETS = {
     "cpu": dict(size=64, patch=4, width=64, mults="1,2,2", blocks=1, attn=8, dropout=0.0, pred="x0", min_snr=0.5,
-                steps=1700, batch_size=32, lr=1e-3, ema_decay=0.999, eval_every=425, sample_steps=50),
+                steps=1700, batch_size=32, lr=1e-3, ema_decay=0.999, eval_every=425, sample_steps=50,
+                compile=False),
     "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
-                steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=250),
+                steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=250,
+                compile=True),
     "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=0.5,
-                  steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4),
+                  steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4,
+                  compile=False),
 }
-SCHEDULES, PREDICTIONS = ["cosine", "linear"], ["eps", "v", "x0"]
+SCHEDULES, PREDICTIONS, SAMPLERS = ["cosine", "linear"], ["eps", "v", "x0"], ["ddpm", "ddim", "dpmpp_2m"]
 CONDITION_CHANNELS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "mask": 4}
 
 
@@ -108,7 +113,7 @@ def parse_args(argv=None):
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--input", metavar="FOLDER", help="with --sample: the pictures to translate")
-    g.add_argument("--sampler", choices=["ddpm", "ddim", "dpmpp_2m"], default="ddpm", help="how noise becomes data")
+    g.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="how noise becomes data")
     g.add_argument("--sample_steps", type=int, help="network calls per sample")
     g.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds back: 0 = none, 1 = as much as ddpm")
     g.add_argument("--cfg_scale", type=float, default=1.0, help="strength of classifier-free guidance; 1 = off")
@@ -118,14 +123,15 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="arithmetic of the network; its weights are always fp32")
-    g.add_argument("--compile", action=flag, default=False, help="torch.compile the network (the gpu preset does)")
+    g.add_argument("--compile", action=flag, help="torch.compile the network")
     g.add_argument("--smoke", action=flag, default=False, help="two steps of a tiny model, then reload it and sample")
-    p.set_defaults(**PRESETS["smoke" if known.smoke else "gpu" if preset == "gpu" else "cpu"],
-                   compile=preset == "gpu" and not known.smoke)
+    p.set_defaults(**PRESETS["smoke" if known.smoke else preset if preset in PRESETS else "cpu"])
     args = p.parse_args(argv)
     if all(m.isdecimal() for m in args.mults.split(",")):
         args.mults = [int(m) for m in args.mults.split(",")]
     check(args, p.error)
+    if args.eta > 0 and args.sampler != "ddim":  # not in check: an eta of the checkpoint may meet another sampler
+        p.error("--eta is for --sampler ddim; ddpm is ddim with eta 1")
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
     return args
 
@@ -148,13 +154,12 @@ def check(args, error):
         error("--width has to be a multiple of 32, the channels of an attention head")
     if args.sample_steps > T:
         error(f"--sample_steps can be at most T = {T}")
-    if bool(args.sample) != bool(args.ckpt) or args.input and not args.sample:
+    if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume or args.input and not args.sample:
         error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
-    if args.eta > 0 and args.sampler != "ddim":
-        error("--eta is for --sampler ddim; ddpm is ddim with eta 1")
     if args.condition == "lowres" and args.size % 4:
         error("--size has to be a multiple of 4 with --condition lowres, which sees a quarter of it")
-    for name, choices in (("condition", CONDITION_CHANNELS), ("schedule", SCHEDULES), ("pred", PREDICTIONS)):
+    for name, choices in (("condition", CONDITION_CHANNELS), ("schedule", SCHEDULES), ("pred", PREDICTIONS),
+                          ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")
 
@@ -162,6 +167,8 @@ def check(args, error):
 # -----------------------------------------------------------------------------
 # The method. x0 is a clean picture in [-1, 1], eps Gaussian noise, t = 0..T-1 the noise level, alpha_bar[t] how much
 # of x0 is left at t: xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps. A model is any (xt, t) -> out, shaped like xt.
+# To train: take a picture, any t and fresh noise, mix xt, and let the model guess what was mixed. To sample: begin with
+# pure noise at T-1, let it guess x0, go a step towards that, to a slightly cleaner xt, and repeat.
 
 T = 1000
 
@@ -182,7 +189,8 @@ def add_noise(x0, eps, ab):
 
 
 def to_x0(out, xt, ab, pred):
-    """The clean picture that the network's output stands for: add_noise solved for x0."""
+    """The clean picture that the network's output stands for, add_noise solved for x0. The output is the noise (eps,
+    DDPM), the picture (x0), or a mix of both that has something to tell at every t (v)."""
     if pred == "eps":
         return (xt - (1 - ab) ** 0.5 * out) / ab ** 0.5
     if pred == "v":  # from out = sqrt(ab) eps - sqrt(1 - ab) x0
@@ -191,19 +199,17 @@ def to_x0(out, xt, ab, pred):
 
 
 def loss_fn(model, x0, eps, t, alpha_bar, pred, min_snr=0.0):
-    """Mean squared error of the prediction, DDPM eq. 14: x0, eps (B, C, H, W), t (B,) on the CPU -> (B,).
+    """Mean squared error of the prediction, DDPM eq. 14: x0, eps (B, C, H, W), t (B,) -> (B,).
 
-    min_snr > 0 weights the error of x0 by min(SNR, min_snr), 2303.09556 section 3.4. An error in eps is that of x0
-    times SNR, one in v times SNR + 1, hence the divisors."""
-    ab = alpha_bar[t].to(x0.dtype).to(x0.device).view(-1, 1, 1, 1)
-    out = model(add_noise(x0, eps, ab), t.to(x0.device)).to(x0.dtype)
+    SNR = alpha_bar / (1 - alpha_bar), signal to noise, is large where there is little noise. min_snr > 0 weights the
+    error of x0 by min(SNR, min_snr), 2303.09556. An error in eps is one of x0 times SNR, one in v times SNR + 1."""
+    ab = alpha_bar[t].view(-1, 1, 1, 1)
+    snr, ab = (ab / (1 - ab)).to(x0.dtype), ab.to(x0.dtype)
+    out = model(add_noise(x0, eps, ab), t).to(x0.dtype)
     v_pred_target = ab ** 0.5 * eps - (1 - ab) ** 0.5 * x0  # 2202.00512 appendix D
-    loss = (out - {"eps": eps, "v": v_pred_target, "x0": x0}[pred]).square().mean((1, 2, 3))
-    if min_snr > 0:
-        snr = alpha_bar[t] / (1 - alpha_bar[t])
-        weight = snr.clamp(max=min_snr) / {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[pred]
-        loss = loss * weight.to(x0.dtype).to(x0.device)
-    return loss
+    target, per_x0 = {"eps": (eps, snr), "v": (v_pred_target, snr + 1), "x0": (x0, torch.ones_like(snr))}[pred]
+    weight = snr.clamp(max=min_snr) / per_x0 if min_snr > 0 else torch.ones_like(snr)
+    return (weight * (out - target) ** 2).mean((1, 2, 3))
 
 
 @torch.no_grad()
@@ -212,10 +218,10 @@ def sample(model, noise, alpha_bar, pred, sampler, steps, eta=0.0, on_step=None)
 
     noise: iterator over (B, C, H, W); its first item is x_T, the others are for the samplers that add noise.
     on_step(t, xt, x0) is called after each network call. All coefficients are float64 numbers."""
-    xt, x0_old, lam_old = next(noise), None, None
+    xt, x0_old, lam_old, ab = next(noise), None, None, alpha_bar.tolist() + [1.0]
     levels = np.linspace(T - 1, 0, steps).round().astype(int).tolist()
     for t, s in zip(levels, levels[1:] + [-1]):          # from level t to the cleaner level s; -1 is clean
-        ab_t, ab_s = alpha_bar[t].item(), alpha_bar[s].item() if s >= 0 else 1.0
+        ab_t, ab_s = ab[t], ab[s]
         out = model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
         x0 = to_x0(out, xt, ab_t, pred).clamp(-1, 1)     # differs from the paper: pictures live in [-1, 1]
         if on_step:
@@ -235,8 +241,8 @@ def sample(model, noise, alpha_bar, pred, sampler, steps, eta=0.0, on_step=None)
         else:                                            # dpmpp_2m: a line through two x0; 2211.01095 algorithm 2
             lam = 0.5 * math.log(ab_t / (1 - ab_t))      # log of signal over noise
             h = 0.5 * math.log(ab_s / (1 - ab_s)) - lam
-            ahead = 0 if x0_old is None else 0.5 * h / (lam - lam_old) * (x0 - x0_old)
-            xt = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * xt - ab_s ** 0.5 * math.expm1(-h) * (x0 + ahead)
+            bend = 0 if x0_old is None else 0.5 * h / (lam - lam_old) * (x0 - x0_old)
+            xt = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * xt - ab_s ** 0.5 * math.expm1(-h) * (x0 + bend)
             x0_old, lam_old = x0, lam
 
 
@@ -247,7 +253,8 @@ def guided(model, y, cond, cfg_scale):
             return model(xt, t, y, cond)
         twice = [None if a is None else torch.cat([a, a]) for a in (xt, t, cond)]
         labels = torch.cat([y, torch.full_like(y, model.y_null)])
-        with_y, without = model(twice[0], twice[1], labels, twice[2]).to(xt.dtype).chunk(2)  # not in bf16
+        out = model(twice[0], twice[1], labels, twice[2]).to(xt.dtype)  # bf16 is too coarse for a difference
+        with_y, without = out.chunk(2)
         return without + cfg_scale * (with_y - without)
     return call
 
@@ -262,10 +269,10 @@ def make_condition(kind, x0, box=None):
     if kind == "lowres":
         return F.interpolate(F.avg_pool2d(x0, 4), scale_factor=4.0, mode="bilinear")
     if kind == "mask":
-        box = torch.full((len(x0), 4), 0.5) if box is None else box
-        side = 0.25 + 0.5 * box[:, 2:]                                            # (B, 2), shares of the picture
-        low = (box[:, :2] * (1 - side)).to(x0.dtype).to(x0.device)[:, :, None]
-        high = low + side.to(x0.dtype).to(x0.device)[:, :, None]                  # (B, 2, 1)
+        box = torch.full((len(x0), 4, 1), 0.5).to(x0) if box is None else box[:, :, None].to(x0)
+        side = 0.25 + 0.5 * box[:, 2:]                                            # (B, 2, 1), shares of the picture
+        low = box[:, :2] * (1 - side)
+        high = low + side
         at = [(torch.arange(n, device=x0.device) + 0.5) / n for n in x0.shape[2:]]
         row, col = ((low[:, i] <= at[i]) & (at[i] < high[:, i]) for i in (0, 1))  # (B, H), (B, W)
         hole = (row[:, :, None] & col[:, None, :])[:, None].to(x0.dtype)          # (B, 1, H, W)
@@ -279,7 +286,7 @@ def make_condition(kind, x0, box=None):
 
 
 # -----------------------------------------------------------------------------
-# The model: ADM's UNet (2105.05233), on pixels or on patches, with label and condition as extras.
+# The model: a UNet after ADM's (2105.05233), on pixels or on patches, with label and condition as extras.
 
 
 class Attention(nn.Module):
@@ -325,7 +332,8 @@ class UNet(nn.Module):
 
     With patch > 1 the UNet works on patches, patch^2 times cheaper. A thin path of two convolutions at full
     resolution, from its input past it to its output, hides the seams between the patches.
-    # differs from the paper: as many blocks on the way up as on the way down, not one more, which is faster."""
+    # differs from the paper: heads of 32 channels, not 64; single convolutions between the resolutions; as many blocks
+    # and skips on the way up as on the way down, not one more. All of it is faster."""
 
     def __init__(self, size, patch, width, mults, blocks, attn, dropout, n_classes=0, c_cond=0):
         super().__init__()
@@ -496,11 +504,12 @@ def list_pictures(path):
     if path.is_dir():
         files = [(p.relative_to(path).as_posix(), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
-            files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
     else:
-        raise Stop(f"--data {path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
+        try:
+            with zipfile.ZipFile(path) as z:
+                files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
+        except (FileNotFoundError, zipfile.BadZipFile):
+            raise Stop(f"{path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
     files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not ("/" + f[0]).count("/.")
              and not f[0].startswith("__MACOSX")]
     parts = [f[0].split("/") for f in files]
@@ -509,9 +518,9 @@ def list_pictures(path):
     train = [i for i, p in enumerate(parts) if p[0] == "train"]
     if train and {p[0] for p in parts} <= {"train", "val", "valid", "validation", "test"}:
         files, parts = [files[i] for i in train], [parts[i][1:] for i in train]
-    of = [p[0] if len(p) > 1 else "." for p in parts]  # pictures beside the class folders are a class of their own
-    classes = sorted(set(of))
-    return [f[0] for f in files], ["all"] if classes == ["."] else classes, [classes.index(c) for c in of], files
+    class_of = [p[0] if len(p) > 1 else "." for p in parts]  # pictures beside the folders: one more class
+    classes = sorted(set(class_of))
+    return [f[0] for f in files], ["all"] if classes == ["."] else classes, [classes.index(c) for c in class_of], files
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -526,18 +535,17 @@ class Pictures(torch.utils.data.Dataset):
             try:
                 with zipfile.ZipFile(path), np.load(path) as f:
                     self.file, y = f["images"], f["labels"] if "labels" in f else np.zeros(f["images"].shape[:1], int)
-            except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
-                raise Stop(f"--data {path} is not an .npz with an array named images: {e}")
+            except Exception as e:  # a damaged file can raise anything
+                raise Stop(f"{path} is not an .npz with an array named images: {e}")
             shape = self.file.shape
             if self.file.dtype != np.uint8 or shape[3:] != (3,) or not all(shape) or y.shape != shape[:1]:
-                raise Stop(f"--data {path}: images has to be uint8 (N, height, width, 3), labels (N,)")
+                raise Stop(f"{path}: images has to be uint8 (N, height, width, 3), labels (N,)")
             classes, labels = np.unique(y, return_inverse=True)
             self.names, self.classes, self.labels = range(len(y)), [str(c) for c in classes], labels.tolist()
             stamps = [path.stat().st_size, path.stat().st_mtime_ns]
         else:
             self.names, self.classes, self.labels, stamps = list_pictures(path)
-        where = self.data if self.data == "drawn_faces" else os.path.abspath(path)
-        about = [where, size, len(self.names), inspect.getsource(read_picture), stamps]
+        about = [size, len(self.names), inspect.getsource(read_picture), stamps]  # not where: it may be moved
         self.key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
     def __len__(self):
@@ -597,23 +605,24 @@ def open_data(cache):
     return data
 
 
-def shared_data(args, world):
+def shared_data(args, rank, world):
     """open_data of what the first rank of each node prepares. When one of them fails, all ranks raise its Stop."""
-    made = None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            made = prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES)
-        except Stop as e:
-            made = e
-    everyones = [made] * world
-    if world > 1:
-        dist.all_gather_object(everyones, made)
-    for made in everyones:
-        if isinstance(made, Stop):
-            raise made
-    if len(set(everyones) - {None}) > 1:
+    result = None
+    for turn in (True, False):  # rank 0 alone at first: where nodes share a disk, the others find its work done
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (rank == 0) == turn:
+            try:
+                result = prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES)
+            except (Stop, OSError) as e:
+                result = e
+        results = [result] * world
+        if world > 1:
+            dist.all_gather_object(results, result)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    if len(set(results) - {None}) > 1:
         raise Stop(f"--data {args.data} is not the same on all nodes")
-    return open_data(everyones[0])
+    return open_data(results[0])
 
 
 def animal_faces():
@@ -631,9 +640,14 @@ def animal_faces():
         return "drawn_faces"
 
 
-def load_pictures(data, i, device):
-    """Pictures i -> float (len(i), 3, size, size) in [-1, 1] on device."""
-    x = torch.from_numpy(data.images[i]).to(device)
+def to_device(x, device):
+    """x.to(device), without waiting for the step that a GPU is still at, for which the copy has to be pinned."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def load_pictures(images, i, device):
+    """Pictures i of images uint8 (N, size, size, 3) -> float (len(i), 3, size, size) in [-1, 1] on device."""
+    x = to_device(torch.from_numpy(images[i]), device)
     return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # contiguous: or the CPU's norms crawl
 
 
@@ -659,7 +673,12 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if 0 < torch.cuda.device_count() < processes:
+            raise Stop(f"{processes} processes, but {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has its own
+    elif name.startswith("cuda:") and "RANK" in os.environ:
+        raise Stop(f"--device {name} under torchrun: say --device cuda, and each process takes its own GPU")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises for a device that is named right but is not there
@@ -702,7 +721,7 @@ def shuffled(n, seed, epoch):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, in one fused call."""
+    """ema <- decay * ema + (1 - decay) * model. Single steps jitter; the mean of the last ones samples better."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -847,6 +866,11 @@ def sum_over_ranks(x):
     return x
 
 
+def stop_at_once(number, frame):
+    """Signal handler: KeyboardInterrupt, as Ctrl-C does by itself, that knows which signal it was."""
+    raise KeyboardInterrupt(number)
+
+
 def note_signals():
     """-> a list that takes the exit status (130, 143) of Ctrl-C or SIGTERM, so that the step in hand can end; a second
     signal ends at once."""
@@ -854,20 +878,21 @@ def note_signals():
 
     def note(number, frame):
         if noted:
-            raise KeyboardInterrupt(number)
+            stop_at_once(number, frame)
         noted.append(128 + number)
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return noted
 
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10": 125, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125, "A10G": 70,
+               "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
 
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU by its data sheet, None where it is not listed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * v for k, v in PEAK_TFLOPS.items() if k in name.split()), None)
+    words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
+    return next((1e12 * v for k, v in PEAK_TFLOPS.items() if set(k.split()) <= set(words)), None)
 
 
 def peak_memory(device):
@@ -926,7 +951,7 @@ def plot_loss(path, records):
 # Sampling and training.
 
 ARCHITECTURE = "size patch width mults blocks attn dropout class_cond condition schedule pred".split()
-FREE_ON_RESUME = "steps out eval_every device dtype compile accum sampler sample_steps eta cfg_scale".split()
+FREE_ON_RESUME = "data steps lr out eval_every device dtype compile accum sampler sample_steps eta cfg_scale".split()
 P_UNCOND = 0.1  # share of labels that training hides, so that one network learns both sides of the guidance
 
 
@@ -959,33 +984,33 @@ def train_batch(data, args, step, device, rank, world):
     Drawn for the whole batch from (seed, step), so that any number of processes trains on the same numbers."""
     B, g = args.batch_size, torch.Generator().manual_seed(mix(BATCH, args.seed, step))
     mine, n = slice(B * rank // world, B * (rank + 1) // world), len(data.train)
-    t, u = torch.randint(0, T, (B,), generator=g)[mine], torch.rand((B, 6), generator=g)[mine]
+    t, u = torch.randint(0, T, (B,), generator=g)[mine], torch.rand((B, 6), generator=g)[mine]  # mirror, hide y, box
     g = torch.Generator(device).manual_seed(mix(NOISE, args.seed, step))
     eps = torch.randn((B, 3, args.size, args.size), generator=g, device=device)[mine]
-    i = data.train[[shuffled(n, args.seed, k // n)[k % n] for k in range(step * B + mine.start, step * B + mine.stop)]]
-    x0 = load_pictures(data, i, device)
-    mirror, hide, box = (u[:, 0] < 0.5).to(device), u[:, 1] < P_UNCOND, u[:, 2:]
+    places = range(step * B + mine.start, step * B + mine.stop)  # in the endless list of shuffled epochs
+    i = data.train[[shuffled(n, args.seed, k // n)[k % n] for k in places]]
+    y = torch.where(u[:, 1] < P_UNCOND, len(data.classes), torch.from_numpy(data.labels[i]))
+    x0, (t, u, y) = load_pictures(data.images, i, device), (to_device(a, device) for a in (t, u, y))
     if args.flip:
-        x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
-    y = torch.where(hide, len(data.classes), torch.from_numpy(data.labels[i])).to(device)
-    return x0, eps, t, y if args.class_cond else None, box
+        x0 = torch.where(u[:, 0].view(-1, 1, 1, 1) < 0.5, x0.flip(-1), x0)
+    return x0, eps, t, y if args.class_cond else None, u[:, 2:]
 
 
 def train_step(model, opt, batch, args, alpha_bar, amp):
     """One optimizer step on batch = (x0, eps, t, y, box), DDPM algorithm 1 -> the loss, left on the device."""
     total = 0
-    for i, (x0, eps, t, y, box) in enumerate(zip(*([None] * args.accum if a is None else a.chunk(args.accum)
-                                                   for a in batch))):
+    for k in range(args.accum):
+        x0, eps, t, y, box = (None if a is None else a.chunk(args.accum)[k] for a in batch)
         if dist.is_initialized():
-            model.require_backward_grad_sync = i == args.accum - 1  # gradients are averaged once per step
-        call = guided(model, y, make_condition(args.condition, x0, box), 1.0)
+            model.require_backward_grad_sync = k == args.accum - 1  # gradients are averaged once per step
+        call = functools.partial(model, y=y, cond=make_condition(args.condition, x0, box))
         with amp():
             loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).mean() / args.accum
         loss.backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     opt.step()
-    opt.zero_grad(set_to_none=True)
+    opt.zero_grad()
     return total
 
 
@@ -993,16 +1018,15 @@ def train_step(model, opt, batch, args, alpha_bar, amp):
 def validate(model, data, args, alpha_bar, device, rank, world, amp):
     """Loss on the held-out pictures at fixed noise and evenly spread t -> the mean, and the mean by tenths of T."""
     total, n = torch.zeros(2, 10, dtype=torch.float64), len(data.val)
-    for i in np.array_split(np.arange(n)[rank::world], -(-n // (world * 64))):
-        if not len(i):  # fewer pictures than ranks
-            continue
-        t = torch.from_numpy((i * T + T // 2) // n)
-        x0, y = load_pictures(data, data.val[i], device), torch.from_numpy(data.labels[data.val[i]]).to(device)
-        cond, eps = make_condition(args.condition, x0), next(image_noise(args.seed + 1, i, x0.shape[1:], device))
-        call = guided(model, y if args.class_cond else None, cond, 1.0)
+    mine = np.arange(n)[rank::world]
+    for i in (mine[k:k + 64] for k in range(0, len(mine), 64)):
+        t = torch.from_numpy((i * T + T // 2) // n).to(device)
+        x0, y = load_pictures(data.images, data.val[i], device), torch.from_numpy(data.labels[data.val[i]]).to(device)
+        eps = next(image_noise(args.seed + 1, i, x0.shape[1:], device))
+        call = functools.partial(model, y=y if args.class_cond else None, cond=make_condition(args.condition, x0))
         with amp():
             loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).cpu().double()
-        total += torch.stack([torch.bincount(t * 10 // T, w, 10) for w in (loss, torch.ones_like(loss))])
+        total += torch.stack([torch.bincount(t.cpu() * 10 // T, w, 10) for w in (loss, torch.ones_like(loss))])
     total = sum_over_ranks(total.float().to(device)).cpu()
     return (total[0].sum() / total[1].sum()).item(), (total[0] / total[1].clamp(min=1)).tolist()
 
@@ -1015,9 +1039,17 @@ def generate(model, args, alpha_bar, indices, device, y=None, cond=None, noise=N
                       args.sample_steps, args.eta, on_step)
 
 
+def save_grid(path, x, cond, x0):
+    """Samples x (B, 3, H, W) as one picture; in translation each stands between what it was given and what it was."""
+    columns = max(1, int(len(x) ** 0.5))
+    if cond is not None:
+        x, columns = torch.stack([cond[:, :3].expand(-1, 3, -1, -1), x, x0], 1).flatten(0, 1), 9
+    save_png(path, tile(to_uint8(x), columns))
+
+
 def draw_pictures(out, ema, data, args, alpha_bar, device, y, cond):
     """What a finished run shows: forward.png, reverse.gif, interpolation.png, training.gif."""
-    x0, levels = load_pictures(data, data.val[:6], device), [0, 50, 100, 200, 400, 600, 800, 999]
+    x0, levels = load_pictures(data.images, data.val[:6], device), [0, 50, 100, 200, 400, 600, 800, 999]
     eps = next(image_noise(args.seed, range(len(x0)), x0.shape[1:], device))
     steps = torch.stack([add_noise(x0, eps, alpha_bar[t].item()) for t in levels], 1)    # (6, levels, 3, H, W)
     save_png(out / "forward.png", tile(to_uint8(steps.flatten(0, 1)), len(levels)))
@@ -1079,19 +1111,21 @@ def restore(state, model, ema, opt, args):
 
 def train(args):
     """The whole run. All randomness follows from (seed, step): a run that was cut goes on bit for bit, on the CPU."""
-    began, (device, rank, world), state = time.time(), setup(args), None
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
+    began, state = time.time(), None
     if args.resume:
         state = load_checkpoint(args.resume, "ddpm_images.py")
-        own = {"given", "resume"} | args.given & set(FREE_ON_RESUME)
-        adopt(args, state["args"], vars(args).keys() - own, args.resume)
+        keep = {"given", "resume"} | args.given & set(FREE_ON_RESUME)
+        adopt(args, state["args"], vars(args).keys() - keep, args.resume)
+    device, rank, world = setup(args)  # the device, too, is the checkpoint's unless given
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
-    data = shared_data(args, world)
+    data = shared_data(args, rank, world)
     if data.broken:
         say(f"{len(data.broken)} pictures cannot be read and are left out: " + "; ".join(data.broken[:9]))
     if state and state["key"] != data.key:
-        raise Stop(f"--data {args.data} is not what {args.resume} was trained on: the pictures have changed")
+        raise Stop(f"--data {args.data} is not what {args.resume} was trained on: the pictures "
+                   "or their dates have changed, or the code that reads them")
     if args.class_cond and len(data.classes) < 2:
         raise Stop("--class_cond needs pictures in at least two sub-folders (or an .npz with labels)")
 
@@ -1109,11 +1143,12 @@ def train(args):
     if world > 1:
         model = DistributedDataParallel(raw_model, device_ids=[device] if device.type == "cuda" else None)
 
-    out, alpha_bar, dtype = Path(args.out), make_alpha_bar(args.schedule), pick_dtype(args.dtype, device)
+    out, dtype = Path(args.out), pick_dtype(args.dtype, device)
+    alpha_bar = make_alpha_bar(args.schedule).to(device, None if device.type != "mps" else torch.float32)
     settings = {k: v for k, v in vars(args).items() if k != "given"}
     amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     log_every, n_show = max(1, min(50, args.steps // 50)), 64
-    shown = load_pictures(data, data.val[:n_show], device)
+    shown = load_pictures(data.images, data.val[:n_show], device)
     n_show = len(shown) if args.condition != "none" else n_show
     cond = make_condition(args.condition, shown)
     y = torch.arange(n_show, device=device) % len(data.classes) if args.class_cond else None
@@ -1122,7 +1157,8 @@ def train(args):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ema(shown[:1], torch.zeros(1, dtype=torch.long, device=device), None, None if cond is None else cond[:1])
         flops = 3 * counter.get_total_flops()  # forward once, backward twice; 2 per multiply-add
-    log = begin_log(out, start, resumed=state is not None and Path(args.resume).parent == out) if rank == 0 else []
+    own_folder = state is not None and Path(args.resume).resolve().parent == out.resolve()
+    log = begin_log(out, start, resumed=own_folder) if rank == 0 else []
     began -= log[-1]["seconds"] if log else 0  # a resumed run counts on
     say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, "
         f"{str(dtype)[6:]}; {sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; writes to {out}")
@@ -1146,48 +1182,47 @@ def train(args):
             if bar.disable or "val_loss" in record:
                 tqdm.write("  ".join(f"{k} {record[k]:.{d}f}" for k, d in dict(
                     step=0, loss=4, val_loss=4, img_per_s=0, mfu=3, seconds=0).items() if k in record))
+                sys.stdout.flush()  # or a redirected run seems to hang
 
     noted, loss_sum, seen, clock = note_signals(), torch.zeros((), device=device), 0, time.time()
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
-        record, last = {}, step == args.steps
-        evaluate = last or step % args.eval_every == 0 and (step > start or step == 0)  # also the untrained network
+        record, last, stop = {}, step == args.steps, 0
+        due = step % args.eval_every == 0 and (step > start or step == 0)  # at 0 the untrained network
+        evaluate = last or due
 
         # once in a while: read the loss off the device, and hear whether any rank was asked to stop
         if step > start and (step % log_every == 0 or evaluate or noted and world == 1):
             loss, stop = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, len(noted))])).tolist()
             loss, rate = loss / seen, seen * args.batch_size / (time.time() - clock)
             if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
-                raise Stop(f"the loss is {loss:.3g} at step {step}: --lr {args.lr} made training diverge", 1)
+                raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
             record.update(loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate)
             if peak:
                 record["mfu"] = flops * rate / world / peak
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s")
             loss_sum.zero_()
             seen, clock = 0, time.time()
-            if stop:
-                save(step)
-                write_record(step, record)
-                raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", [*noted, 130][0])
 
         # once in a while: validation loss, sample grid, checkpoint
         if evaluate:
             val, bins = validate(ema, data, args, alpha_bar, device, rank, world, amp)
             if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
-                raise Stop(f"the validation loss is {val:.3g} at step {step}: training diverged at --lr {args.lr}", 1)
+                raise Stop(f"the validation loss is {val:.3g} at step {step}: diverged at --lr {args.lr}; lower it", 1)
             best = min(best, val)
             record.update(val_loss=val, val_bins=bins)
             if rank == 0:
-                grid = generate(ema, args, alpha_bar, range(n_show), device, y, cond)
-                if cond is not None:  # what it was given, what it made of it, what it was
-                    grid = torch.stack([cond[:, :3].expand(-1, 3, -1, -1), grid, shown], 1).flatten(0, 1)
-                columns = int(n_show ** 0.5) if cond is None else 9
-                save_png(out / f"samples/{step:06d}.png", tile(to_uint8(grid), columns))
+                x = generate(ema, args, alpha_bar, range(n_show), device, y, cond)
+                save_grid(out / f"samples/{step:06d}.png", x, cond, shown)
             if step > 0:  # nothing is learnt yet, and an earlier run's .old files must not make way for that
                 save(step)
             clock = time.time()
         if record:
             write_record(step, record)
+        if stop:
+            if not evaluate:
+                save(step)
+            raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", [*noted, 130][0])
         if last:
             break
 
@@ -1200,6 +1235,8 @@ def train(args):
         seen += 1
         bar.update()
     bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_at_once)  # all is saved
     if rank == 0:
         draw_pictures(out, ema, data, args, alpha_bar, device, y, cond)
         plot_loss(out / "loss.png", log)
@@ -1215,8 +1252,8 @@ def sample_only(args):
         raise Stop(f"{args.ckpt} was made by {about.get('script', 'another program')}, not by ddpm_images.py")
     try:
         saved, classes = json.loads(about["args"]), json.loads(about["data"])["classes"]
-        how = {"sampler", "sample_steps", "eta", "cfg_scale"}  # as in training, unless given
-        adopt(args, saved, ARCHITECTURE + sorted(how - args.given), args.ckpt)
+        sampling = {"sampler", "sample_steps", "eta", "cfg_scale"}  # as in training, unless given
+        adopt(args, saved, ARCHITECTURE + sorted(sampling - args.given), args.ckpt)
         if not isinstance(classes, list) or args.class_cond and len(classes) < 2:
             raise ValueError(f"classes {classes}")
     except (KeyError, TypeError, ValueError) as e:
@@ -1228,34 +1265,29 @@ def sample_only(args):
                                       f"translates pictures ({args.condition}): name some with --input FOLDER"))
     n, pictures = args.sample, None
     if args.input:
-        try:
-            source = Pictures(args.input, args.size)
-        except Stop as e:
-            raise Stop(str(e).replace("--data", "--input"))
+        source = Pictures(args.input, args.size)
         n = min(n, len(source))
         pictures = [source[i][0] for i in range(n)]
         wrong = [p for p in pictures if isinstance(p, str)]
         if wrong or not pictures:
             raise Stop(f"--input {args.input}: " + (f"cannot read {wrong[0]}" if wrong else "no pictures in it"))
-        pictures = SimpleNamespace(images=np.stack(pictures))
+        pictures = np.stack(pictures)
     out = Path(args.out)
     (out / "generated").mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"generated/{'[0-9]' * 6}.png") if rank == 0 else ():
         old.unlink()  # a larger earlier set must not mix with this one
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
-    began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.arange(n)[rank::world]
+    began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.array_split(np.arange(n), world)[rank]
     batches = [mine[k:k + 64] for k in range(0, len(mine), 64)]
     for i in tqdm(batches, "sampling", disable=True if rank else None):
         y = torch.as_tensor(i % len(classes), device=device) if args.class_cond else None
         x0 = None if pictures is None else load_pictures(pictures, i, device)
         cond = make_condition(args.condition, x0)
-        x = to_uint8(generate(model, args, alpha_bar, i, device, y, cond))
-        rows = [x] if cond is None else [to_uint8(cond[:, :3].expand(-1, 3, -1, -1)), x, to_uint8(x0)]
-        for j, picture in zip(i, x):
+        x = generate(model, args, alpha_bar, i, device, y, cond)
+        for j, picture in zip(i, to_uint8(x)):
             Image.fromarray(picture).save(out / f"generated/{j:06d}.png")
-        if i[0] == 0:  # the first batch as a grid; with --input: what it was given, what it made of it, what it was
-            rows = np.stack(rows, 1).reshape(-1, *x.shape[1:])
-            save_png(out / "generated.png", tile(rows, 8 if cond is None else 9))
+        if i[0] == 0:
+            save_grid(out / "generated.png", x, cond, x0)
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         print(f"{n} pictures in {out / 'generated'}, the first of them together in {out / 'generated.png'}; "
@@ -1268,9 +1300,8 @@ def sample_only(args):
 
 def main(argv=None):
     """-> the exit status: 0, 1 for a failure at run time, 2 for wrong input, 130 or 143 after Ctrl-C or SIGTERM."""
-    def terminate(number, frame):
-        raise KeyboardInterrupt(number)
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, stop_at_once)
+    sentence, code = None, 0
     try:
         args = parse_args(argv)
         if args.sample:
@@ -1281,20 +1312,20 @@ def main(argv=None):
                 again = ["--smoke", "--sample", "4", "--ckpt", f"{args.out}/model.safetensors", "--out", args.out]
                 again += ["--input", "drawn_faces"] if args.condition != "none" else []
                 sample_only(parse_args(again + ["--device", args.device]))
-        return 0
     except Stop as e:
-        sentence, code = str(e) if int(os.environ.get("RANK", 0)) == 0 else None, e.code  # all ranks raise it
+        sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
         sentence, code = "stopped at once; a ckpt.pt saved earlier is whole", 128 + (e.args or (2,))[0]
-    except torch.OutOfMemoryError:
-        sentence, code = "the GPU's memory is full: raise --accum or lower --batch_size", 1
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if sentence:
-        print(f"ddpm_images.py: {sentence}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own
+        if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
+            raise
+        sentence, code = "out of memory: raise --accum, or lower --batch_size or --width", 1
+    if sentence:  # before the next line, which can wait for ranks that are gone
+        print(f"ddpm_images.py: {sentence}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return code
 
 

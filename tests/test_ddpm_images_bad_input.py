@@ -99,6 +99,9 @@ def make_traps(bad, images):
     write("cut.npz", Path("pictures.npz").read_bytes()[:9000])
     with zipfile.ZipFile(bad / "no_pictures.zip", "w") as z:
         z.writestr("readme.txt", "hello")
+    for name in ("no_pictures.zip", "pictures.npz"):  # whole at its end, but what it lists there is not
+        content = (bad / name if name.endswith("zip") else Path(name)).read_bytes()
+        write(f"list{name[-4:]}", content.replace(b"PK\x01\x02", b"PK\x07\x07"))
     np.savez(bad / "floats.npz", images=images / 255.0)
     np.savez(bad / "gray.npz", images=images[..., 0])
     np.savez(bad / "names.npz", pictures=images)
@@ -201,18 +204,19 @@ SAMPLE = ["--sample", "2", "--sample_steps", "2", "--out", "new"]
 TRAIN = [*TINY, "--data", "pictures.npz", "--out", "new"]
 CASES = {  # what is wrong: (arguments before, arguments, words that the sentence has to say)
     # --data
-    "no such path": (TRAIN, "--data nowhere/photos", "--data nowhere/photos"),
-    "no such npz": (TRAIN, "--data nowhere.npz", "--data nowhere.npz"),
+    "no such path": (TRAIN, "--data nowhere/photos", "nowhere/photos"),
+    "no such npz": (TRAIN, "--data nowhere.npz", "nowhere.npz"),
     "empty folder": (TRAIN, "--data bad/empty", "bad/empty 0"),
     "folder of text files": (TRAIN, "--data bad/texts", "bad/texts 0"),
     "five pictures": (TRAIN, "--data bad/five", "bad/five 5 16"),
-    "a text file": (TRAIN, "--data bad/text.txt", "--data bad/text.txt"),
-    "a picture": (TRAIN, "--data bad/flat/00.png", "--data bad/flat/00.png"),
-    "text named zip": (TRAIN, "--data bad/text.zip", "--data bad/text.zip"),
+    "a text file": (TRAIN, "--data bad/text.txt", "bad/text.txt"),
+    "a picture": (TRAIN, "--data bad/flat/00.png", "bad/flat/00.png"),
+    "text named zip": (TRAIN, "--data bad/text.zip", "bad/text.zip"),
+    "zip with a damaged list": (TRAIN, "--data bad/list.zip", "bad/list.zip"),
     "zip without pictures": (TRAIN, "--data bad/no_pictures.zip", "bad/no_pictures.zip 0"),
     "10 % broken": (TRAIN, "--data bad/tenth", "bad/tenth 05.png"),
     **{f"npz: {name}": (TRAIN, f"--data bad/{name}.npz", f"bad/{name}.npz") for name in
-       "text nothing cut floats gray names number flat_objects no_pixels labels label_pairs array".split()},
+       "text nothing cut list floats gray names number flat_objects no_pixels labels label_pairs array".split()},
     # --resume: here the first arguments are none, so that what the checkpoint says is what counts
     "resume: missing": ([], "--resume nowhere.pt", "--resume nowhere.pt"),
     "resume: a folder": ([], "--resume bad", "--resume bad"),
@@ -225,8 +229,8 @@ CASES = {  # what is wrong: (arguments before, arguments, words that the sentenc
         "weight_word": "", "no_weight": "weight", "no_best": "best", "shape": "[2, 3]", "ema_shape": "[2, 3]",
         "opt_list": "", "opt_groups": "", "opt_shape": "", "opt_empty": "", "opt_word": "",
         "key": "pictures.npz"}.items()},
-    "resume: another --lr": ([], f"--resume {CKPT} --lr 0.5", f"--lr 0.5 {CKPT} 0.001"),
-    "resume: another --lr with =": ([], f"--resume {CKPT} --lr=0.5", f"--lr 0.5 {CKPT} 0.001"),
+    "resume: another --seed": ([], f"--resume {CKPT} --seed 5", f"--seed 5 {CKPT} 0"),
+    "resume: another --seed with =": ([], f"--resume {CKPT} --seed=5", f"--seed 5 {CKPT} 0"),
     "resume: another --size": ([], f"--resume {CKPT} --size 32", f"--size 32 {CKPT} 16"),
     "resume: --no-flip": ([], f"--resume {CKPT} --no-flip", f"flip {CKPT}"),
     "resume: other --data": ([], f"--resume {CKPT} --data bad/flat", f"--data bad/flat {CKPT} pictures.npz"),
@@ -257,6 +261,7 @@ CASES = {  # what is wrong: (arguments before, arguments, words that the sentenc
     "sample -3": ([], f"--sample -3 --ckpt {MODEL}", "--sample"),
     "sample without ckpt": ([], "--sample 4", "--sample --ckpt"),
     "ckpt without sample": ([], f"--ckpt {MODEL}", "--sample --ckpt"),
+    "resume with sample": ([], f"--sample 4 --ckpt {MODEL} --resume {CKPT}", "--sample --resume"),
     "input without sample": (TRAIN, "--input bad/flat", "--sample --input"),
     "ckpt missing": (SAMPLE, "--ckpt nowhere.safetensors", "nowhere.safetensors"),
     "ckpt is a folder": (SAMPLE, "--ckpt bad", "bad"),
@@ -273,10 +278,10 @@ CASES = {  # what is wrong: (arguments before, arguments, words that the sentenc
     "ckpt of another size": (SAMPLE, f"--ckpt {MODEL} --size 32", f"--size 32 {MODEL} 16"),
     "input for a model without condition": (SAMPLE, f"--ckpt {MODEL} --input bad/flat", f"{MODEL} --input"),
     "no input for one with": (SAMPLE, "--ckpt bad/gray.safetensors", "bad/gray.safetensors gray --input"),
-    "input missing": (SAMPLE, "--ckpt bad/gray.safetensors --input nowhere", "--input nowhere"),
+    "input missing": (SAMPLE, "--ckpt bad/gray.safetensors --input nowhere", "nowhere"),
     "input empty": (SAMPLE, "--ckpt bad/gray.safetensors --input bad/empty", "--input bad/empty"),
     "input broken": (SAMPLE, "--ckpt bad/gray.safetensors --input bad/tenth --sample 20", "--input bad/tenth 05.png"),
-    "input is text": (SAMPLE, "--ckpt bad/gray.safetensors --input bad/text.txt", "--input bad/text.txt"),
+    "input is text": (SAMPLE, "--ckpt bad/gray.safetensors --input bad/text.txt", "bad/text.txt"),
 }
 
 
@@ -308,6 +313,42 @@ def test_the_smallest_set(flags, capsys):
     np.savez("new.npz", images=images, labels=np.arange(16) % 2)
     assert run([*TRAIN, "--data", "new.npz", *flags.split()], capsys) == (0, "")
     assert Path("new/training.gif").exists() and Path("new/interpolation.png").exists()
+
+
+def test_the_folder_is_known_however_it_is_spelt(capsys, home):
+    """--resume with an absolute path goes on in the folder, and puts nothing of it aside."""
+    shutil.copytree("out/ddpm_images", "new")
+    argv = ["--resume", str(home / "new/ckpt.pt"), "--out", "new", "--steps", "3"]
+    assert run(argv, capsys) == (0, "") and not list(Path("new").glob("*.old"))
+    assert [json.loads(line)["step"] for line in open("new/log.jsonl")] == [0, 1, 2, 3]
+
+
+def test_moved_data(capsys):
+    """The pictures are the same in another folder."""
+    shutil.copytree("bad/flat", "new")
+    assert run([*TINY, "--data", "new", "--out", "new_out"], capsys) == (0, "")
+    Path("new").rename("new_place")
+    assert run(["--resume", "new_out/ckpt.pt", "--data", "new_place", "--steps", "3"], capsys) == (0, "")
+
+
+def test_eta_of_the_checkpoint_and_another_sampler(capsys):
+    assert run([*TRAIN, "--sampler", "ddim", "--eta", "1"], capsys) == (0, "")
+    argv = [*SAMPLE, "--ckpt", "new/model.safetensors", "--sampler", "ddpm"]
+    assert run(argv, capsys) == (0, "")
+
+
+def test_out_of_memory(capsys, monkeypatch):
+    monkeypatch.setattr(d, "train_step", lambda *args: torch.empty(1 << 60))
+    status, err = run(TRAIN, capsys)
+    assert status == 1 and "memory" in the_sentence(err) and "--batch_size" in err
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(capsys, monkeypatch):
+    def train_step(*args):
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(d, "train_step", train_step)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(TRAIN, capsys)
 
 
 def test_changed_data(capsys):
