@@ -233,7 +233,7 @@ CASES = {  # what is wrong: (arguments before, arguments, words that the sentenc
     "resume: another --seed with =": ([], f"--resume {CKPT} --seed=5", f"--seed 5 {CKPT} 0"),
     "resume: another --size": ([], f"--resume {CKPT} --size 32", f"--size 32 {CKPT} 16"),
     "resume: --no-flip": ([], f"--resume {CKPT} --no-flip", f"flip {CKPT}"),
-    "resume: other --data": ([], f"--resume {CKPT} --data bad/flat", f"--data bad/flat {CKPT} pictures.npz"),
+    "resume: other --data": ([], f"--resume {CKPT} --data bad/flat", f"--data bad/flat {CKPT}"),
     "resume: fewer --steps than done": ([], f"--resume {CKPT} --steps 1", f"--steps {CKPT} 2"),
     # numbers
     "size not divisible": (TRAIN, "--size 18", "--size 4"),
