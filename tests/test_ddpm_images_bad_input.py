@@ -305,6 +305,17 @@ def test_cuda_where_there_is_none(capsys):
         assert status == 2 and "--device cuda" in the_sentence(err)
 
 
+def test_devices_under_torchrun(monkeypatch):
+    """More processes than GPUs, or all of them on one GPU: said before NCCL says it less clearly."""
+    for name, value in {"RANK": "5", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(d.Stop, match="8 processes, but 4 GPUs"):
+        d.pick_device("cuda")
+    with pytest.raises(d.Stop, match="--device cuda:0 under torchrun"):
+        d.pick_device("cuda:0")
+
+
 @pytest.mark.parametrize("flags", ["--condition lowres", "--condition gray --class_cond --cfg_scale 2",
                                    "--condition edges", "--condition mask --accum 8", "--class_cond --sampler ddpm"])
 def test_the_smallest_set(flags, capsys):
