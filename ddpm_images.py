@@ -65,7 +65,9 @@ PRESETS = {
                   steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4,
                   compile=False),
 }
-SCHEDULES, PREDICTIONS, SAMPLERS = ["cosine", "linear"], ["eps", "v", "x0"], ["ddpm", "ddim", "dpmpp_2m"]
+SCHEDULES = ["cosine", "linear"]
+PREDICTIONS = ["eps", "v", "x0"]
+SAMPLERS = ["ddpm", "ddim", "dpmpp_2m"]
 CONDITION_CHANNELS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "mask": 4}
 
 
@@ -84,13 +86,14 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="drawn_faces", help="drawn_faces, animal_faces, or a folder, .zip or .npz")
+    g.add_argument("--data", metavar="drawn_faces|animal_faces|FOLDER|.zip|.npz", default="drawn_faces",
+                   help="what to learn")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
     g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class of each picture")
     g.add_argument("--condition", choices=list(CONDITION_CHANNELS), default="none", help="translate pictures from this")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, help="channels at the highest resolution")
+    g.add_argument("--width", type=int, help="channels, in a UNet those at its highest resolution")
     g.add_argument("--mults", help="channel multiplier of each resolution; the side halves from one to the next")
     g.add_argument("--blocks", type=int, help="residual blocks per resolution")
     g.add_argument("--attn", type=int, help="self-attention where the feature map has at most this side")
@@ -114,7 +117,7 @@ def parse_args(argv=None):
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--input", metavar="FOLDER", help="with --sample: the pictures to translate")
     g.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="how noise becomes data")
-    g.add_argument("--sample_steps", type=int, help="network calls per sample")
+    g.add_argument("--sample_steps", type=int, help="steps from noise to data")
     g.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds back: 0 = none, 1 = as much as ddpm")
     g.add_argument("--cfg_scale", type=float, default=1.0, help="strength of classifier-free guidance; 1 = off")
     g = p.add_argument_group("output and system")
@@ -184,7 +187,7 @@ def make_alpha_bar(schedule):
 
 
 def add_noise(x0, eps, ab):
-    """The forward process in one leap, q(xt | x0), DDPM eq. 4; ab = alpha_bar[t], a number or (B, 1, 1, 1)."""
+    """The forward process in one leap, q(xt | x0), DDPM eq. 4; ab = alpha_bar[t], a number or one of each example."""
     return ab ** 0.5 * x0 + (1 - ab) ** 0.5 * eps
 
 

@@ -1,6 +1,7 @@
-"""Speed, memory and quality of ddpm_images.py on this machine, as Markdown tables.
+"""Speed, memory and quality of the scripts on this machine, as Markdown tables.
 
-    make bench                           # both parts; judges out/ddpm_images/model.safetensors when that exists
+    make bench                           # all parts; judges out/ddpm_images/model.safetensors when that exists
+    python tests/bench.py --parts plane  # ddpm_2d.py in the protocol of a course that many have taken; two minutes
     python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch; some minutes
     python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
@@ -13,6 +14,7 @@ import datetime
 import functools
 import hashlib
 import inspect
+import json
 import math
 import multiprocessing
 import os
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 
 THREADS = torch.get_num_threads()  # torch's own choice, all cores; the next import sets one
 import conftest  # noqa: E402, finds the scripts, and makes torchvision importable, which the peer needs
+import ddpm_2d  # noqa: E402
 import ddpm_images as d  # noqa: E402
 
 
@@ -313,11 +316,47 @@ def part_quality(args):
         table(["Fréchet / floor", "Fréchet", "one species, p > 0.9", "entropy (ln 8 = 2.079)", "N", "pictures"], rows)
 
 
+# -----------------------------------------------------------------------------
+# Part plane: the swiss roll of KAIST CS492(D), assignment 1: no noise, 3 x 128 units, batch 128, 5,000 steps, judged by
+# the Chamfer distance of 2,048 points. Full marks there: under 20 with DDPM, under 40 with 50 steps of DDIM.
+
+
+def part_plane(args):
+    ddpm_2d.show, rows = lambda *a: None, []
+    protocol = "--noise 0 --width 128 --depth 3 --batch_size 128 --steps 5000".split()
+    cases = {"default": [], "without Fourier features": ["--features", "0"]}
+    for name, flags in cases.items():
+        found, times = {("ddpm", 1000): [], ("ddim", 50): []}, []
+        for seed in range(5):
+            with tempfile.TemporaryDirectory() as out:
+                ddpm_2d.main([*protocol, *flags, "--seed", str(seed), "--out", out])
+                log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+                times.append(log[-2]["seconds"])
+                tensors, about = ddpm_2d.load_safetensors(f"{out}/model.safetensors")
+                settings = argparse.Namespace(**json.loads(about["args"]))
+                model = ddpm_2d.MLP(settings.width, settings.depth, settings.features)
+                model.load_state_dict(tensors)
+                target, alpha_bar = ddpm_2d.Target(settings.data, 0, "cpu"), ddpm_2d.make_alpha_bar(settings.schedule)
+                for k in range(3):
+                    test = target.points(np.random.default_rng((seed, k)), 2048)
+                    for sampler, steps in found:
+                        x = ddpm_2d.draw(model, settings.pred, 2048, settings, alpha_bar, 100 * seed + k,
+                                         sampler=sampler, steps=steps)
+                        found[sampler, steps].append(ddpm_2d.chamfer(x.numpy(), test))
+        for (sampler, steps), values in found.items():
+            rows.append([name, f"{sampler}, {steps} steps", f"{statistics.mean(values):.1f}", f"{max(values):.1f}",
+                         f"{statistics.mean(times):.1f} s"])
+    floor = [ddpm_2d.chamfer(*(target.points(np.random.default_rng((k, i)), 2048) for i in (0, 1))) for k in range(15)]
+    rows.append(["true points", "-", f"{statistics.mean(floor):.1f}", f"{max(floor):.1f}", "-"])
+    print(f"\n## Swiss roll\n\n{machine('cpu')}; Chamfer distance over 5 seeds x 3 draws; time to train")
+    table(["ddpm_2d.py", "sampler", "mean", "worst", "trained in"], rows)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    parts = {"step": part_step, "quality": part_quality}
-    p.add_argument("--parts", default="step,quality", help="which of step,quality to run")
+    parts = {"plane": part_plane, "step": part_step, "quality": part_quality}
+    p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
     p.add_argument("--ckpt", nargs="+", default=[], help="quality: model.safetensors files")
     p.add_argument("--samplers", default="ddpm:50", help="quality: NAME:STEPS,... for each --ckpt")
@@ -326,7 +365,7 @@ def main():
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     if set(args.parts.split(",")) - set(parts):
-        p.error("--parts takes step, quality, or both with a comma between")
+        p.error(f"--parts takes {', '.join(parts)}, with commas between")
     torch.set_num_threads(THREADS)
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that it starts
     for name in args.parts.split(","):

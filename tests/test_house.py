@@ -31,6 +31,13 @@ ALLOWED_TO_DIFFER = {
     "sample": "the method: the reverse process of a diffusion, or an ODE",
     "train": "each script sets up its own data, model and pictures",
     "main": "each script chooses among its own tasks",
+    "sample_only": "pictures, points: what comes out differs",
+    "check": "each script checks its own flags",
+    "to_x0": "in the plane the network can predict the score, too",
+    "PREDICTIONS": "in the plane the network can predict the score, too",
+    "SAMPLERS": "Heun and Langevin are shown in the plane",
+    "ARCHITECTURE": "the flags that a checkpoint decides",
+    "FREE_ON_RESUME": "the flags that may change on --resume",
 }
 
 
