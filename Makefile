@@ -22,7 +22,7 @@ demo: .venv/.stamp-run
 test: .venv/.stamp-test
 	$(PY) -m pytest -q tests --durations=10 $(ARGS)
 
-bench: .venv/.stamp-bench
+bench: .venv/.stamp-test
 	$(PY) tests/bench.py $(ARGS)
 
 .venv/bin/python:
@@ -39,10 +39,7 @@ bench: .venv/.stamp-bench
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/.stamp-test: tests/requirements.txt .venv/.stamp-run
+.venv/.stamp-test: tests/requirements.txt tests/requirements-nodeps.txt .venv/.stamp-run
 	$(PIP) -r tests/requirements.txt
-	@touch $@
-
-.venv/.stamp-bench: tests/requirements-nodeps.txt .venv/.stamp-test
 	$(PIP) --no-deps -r tests/requirements-nodeps.txt
 	@touch $@

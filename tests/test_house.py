@@ -36,6 +36,11 @@ ALLOWED_TO_DIFFER = {
     "to_x0": "in the plane the network can predict the score, too",
     "PREDICTIONS": "in the plane the network can predict the score, too",
     "SAMPLERS": "Heun and Langevin are shown in the plane",
+    "MLP": "MeanFlow asks for two times, and time runs from 0 to 1 in a flow, to 999 in a diffusion",
+    "log_likelihood": "the ODE of a diffusion, in the angle, or of a flow",
+    "draw": "samplers of a diffusion or solvers of a flow",
+    "report": "the error of the score or of the velocity; a flow counts its calls",
+    "show": "the score or the velocity; noise or a coupling",
     "ARCHITECTURE": "the flags that a checkpoint decides",
     "FREE_ON_RESUME": "the flags that may change on --resume",
 }
