@@ -169,13 +169,15 @@ def couple(x0, x1, coupling, sigma, seed):
     if coupling == "ot":
         return x1[linear_sum_assignment(cost)[1]]
     kernel, b = np.exp(-cost / (2 * sigma ** 2)), np.ones(len(x1))
-    for _ in range(10_000):
-        a = 1 / (kernel @ b)
-        sent = a @ kernel
-        if abs(b * sent - 1).max() < 1e-3:
-            break
-        b = 1 / sent
-    else:
+    with np.errstate(all="ignore"):  # a sigma that is too small ends in NaN, which is looked at below
+        for _ in range(10_000):
+            a = 1 / (kernel @ b)
+            sent = a @ kernel
+            off = abs(b * sent - 1).max()
+            if not off > 1e-3:
+                break
+            b = 1 / sent
+    if not off <= 1e-3:
         raise Stop(f"--sigma {sigma} is too small for Sinkhorn's iteration; take a larger one or --coupling ot")
     plan = np.cumsum(kernel * b, 1)
     drawn = np.random.default_rng(seed).random((len(x0), 1)) * plan[:, -1:]
