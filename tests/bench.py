@@ -1,7 +1,8 @@
 """Speed, memory and quality of the scripts on this machine, as Markdown tables.
 
     make bench                           # all parts; judges out/ddpm_images/model.safetensors when that exists
-    python tests/bench.py --parts plane  # ddpm_2d.py in the protocol of a course that many have taken; two minutes
+    python tests/bench.py --parts plane  # ddpm_2d.py in the protocol of a course that many have taken; five minutes
+    python tests/bench.py --parts flow   # cfm_2d.py in the protocol of a paper, and beside torchcfm; half an hour
     python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch; some minutes
     python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
@@ -9,11 +10,13 @@
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
 """
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -34,6 +37,7 @@ import torch.nn.functional as F
 
 THREADS = torch.get_num_threads()  # torch's own choice, all cores; the next import sets one
 import conftest  # noqa: E402, finds the scripts, and makes torchvision importable, which the peer needs
+import cfm_2d  # noqa: E402
 import ddpm_2d  # noqa: E402
 import ddpm_images as d  # noqa: E402
 
@@ -352,12 +356,111 @@ def part_plane(args):
     table(["ddpm_2d.py", "sampler", "mean", "worst", "trained in"], rows)
 
 
+
+# -----------------------------------------------------------------------------
+# Part flow: eight Gaussians to two moons as hkchengrex/C2OT (2503.10636) measures them: 20,000 steps of 256 points, and
+# the squared 2-Wasserstein distance, without a root, of 10,000 points, sampled adaptively and with one step of Euler.
+# Published there, mean of 10 runs: OT 0.050 and 0.072, independent coupling 0.120 and 6.232.
+
+
+class Moons:
+    """C2OT's points, which are torchcfm's: a strip one way of each moon, and Gaussians of variance sqrt(0.1)."""
+
+    def __init__(self, data, noise=None, device=None):
+        self.data = data
+
+    def points(self, rng, n):
+        if self.data == "8gaussians":
+            turn = np.pi / 4 * rng.integers(0, 8, n)
+            return (5 * np.stack([np.cos(turn), np.sin(turn)], 1)
+                    + 0.1 ** 0.25 * rng.standard_normal((n, 2))).astype(np.float32)
+        turn = np.linspace(0, np.pi, n // 2)
+        x = np.concatenate([np.stack([np.cos(turn), np.sin(turn)], 1),
+                            np.stack([1 - np.cos(turn), 0.5 - np.sin(turn)], 1)])
+        return ((x + 0.2 * rng.random((n, 1))) * 3 - 1).astype(np.float32)[rng.permutation(n)]
+
+
+def squared_w2(a, b):
+    return cfm_2d.wasserstein(a, b) ** 2
+
+
+def flow_run(coupling, seed, n, *flags):
+    """-> squared W2 of n points, adaptive and with one Euler step; NFE of the first; seconds without the measuring."""
+    began = time.time()
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        argv = ["--source", "8gaussians", "--data", "moons", "--coupling", coupling, "--seed", str(seed), "--out", out,
+                "--batch_size", "256", *flags]
+        if cfm_2d.main(argv):
+            raise SystemExit(f"cfm_2d.py {' '.join(argv)} failed")
+        seconds, args = time.time() - began, cfm_2d.parse_args(argv)
+        model = cfm_2d.load_model(f"{out}/model.safetensors", args, "cpu")
+    rng = np.random.default_rng((seed, 1))
+    x1, test = torch.from_numpy(Moons("8gaussians").points(rng, n)), Moons("moons").points(rng, n)
+    adaptive, nfe = cfm_2d.sample(model, x1, "dopri5", 1)
+    euler, _ = cfm_2d.sample(model, x1, "euler", 1)
+    return squared_w2(adaptive.numpy(), test), squared_w2(euler.numpy(), test), nfe, seconds
+
+
+def torchcfm_run(seed, n, steps):
+    """torchcfm's example: its MLP, its exact OT by POT for each batch of 256, Adam 1e-3; the same figures."""
+    from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalFlowMatcher
+    from torchcfm.models.models import MLP
+    torch.manual_seed(seed)
+    began, rng, data = time.time(), np.random.default_rng(seed), (Moons("8gaussians"), Moons("moons"))
+    model, matcher = MLP(dim=2, time_varying=True), ExactOptimalTransportConditionalFlowMatcher(sigma=0.0)
+    opt = torch.optim.Adam(model.parameters())
+    for _ in range(steps):
+        opt.zero_grad()
+        t, xt, u = matcher.sample_location_and_conditional_flow(*(torch.from_numpy(x.points(rng, 256)) for x in data))
+        F.mse_loss(model(torch.cat([xt, t[:, None]], 1)), u).backward()
+        opt.step()
+    seconds, rng = time.time() - began, np.random.default_rng((seed, 1))
+    x1, test = torch.from_numpy(data[0].points(rng, n)), data[1].points(rng, n)
+    field = lambda x, t: -model(torch.cat([x, 1 - t[:, None]], 1))  # its time runs the other way
+    adaptive, nfe = cfm_2d.sample(field, x1, "dopri5", 1)
+    euler, _ = cfm_2d.sample(field, x1, "euler", 1)
+    return squared_w2(adaptive.numpy(), test), squared_w2(euler.numpy(), test), nfe, seconds
+
+
+def part_flow(args):
+    cfm_2d.Target, cfm_2d.report, cfm_2d.show = Moons, lambda *a: {}, lambda *a: None
+    torch.set_num_threads(1)  # steps this small gain nothing from a second one, for either
+    print(f"\n## Eight Gaussians to two moons\n\n{machine('cpu')}")
+
+    def spread(values, digits=4):
+        return f"{statistics.mean(values):.{digits}f} +- {statistics.pstdev(values):.{digits}f}"
+    rows = []
+    for name, coupling, *flags in [("OT", "ot"), ("OT, 1,024 points at a time", "ot", "--coupling_size", "1024"),
+                                   ("independent", "independent")]:
+        found = [flow_run(coupling, seed, 10_000, "--steps", "20000", *flags) for seed in range(args.seeds)]
+        rows.append([name, *(spread(v) for v in list(zip(*found))[:2]), *(spread(v, 0) for v in list(zip(*found))[2:])])
+    fresh = [Moons("moons").points(np.random.default_rng(i), 10_000) for i in (0, 1)]
+    rows.append(["true points", f"{squared_w2(*fresh):.4f}", "-", "-", "-"])
+    table([f"cfm_2d.py, {args.seeds} seeds", "adaptive", "one Euler step", "NFE", "seconds"], rows)
+
+    rows, goal, first = [], 0.05, {}
+    for who in ("cfm_2d.py", "torchcfm"):
+        for steps in (125, 250, 500, 1000, 2000, 4000, 8000, 16000):
+            found = [torchcfm_run(seed, 4000, steps) if who == "torchcfm" else
+                     flow_run("ot", seed, 4000, "--steps", str(steps), "--ema_decay", "0.99", "--coupling_size", "256")
+                     for seed in range(3)]
+            w2, _, _, seconds = (statistics.mean(v) for v in zip(*found))
+            rows.append([who, str(steps), f"{w2:.4f}", f"{seconds:.1f}"])
+            if w2 < goal:
+                first[who] = seconds
+                break
+    table(["", "steps", "adaptive, 4,000 points", "seconds"], rows)
+    if len(first) == 2:
+        print(f"{goal} is reached {first['torchcfm'] / first['cfm_2d.py']:.1f} times sooner by cfm_2d.py")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    parts = {"plane": part_plane, "step": part_step, "quality": part_quality}
+    parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
+    p.add_argument("--seeds", type=int, default=10, help="flow: runs of each coupling")
     p.add_argument("--ckpt", nargs="+", default=[], help="quality: model.safetensors files")
     p.add_argument("--samplers", default="ddpm:50", help="quality: NAME:STEPS,... for each --ckpt")
     p.add_argument("--pictures", nargs="+", default=[], help="quality: folders of pictures")
