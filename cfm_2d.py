@@ -511,7 +511,7 @@ def panel(x=(), colours=(), title="", tails=(), arrows=(), under=None):
 
 def heat(p):
     """A density on a square grid, rows from the top -> uint8 (h, w, 3): white, yellow, red, black."""
-    share = np.clip(p / np.quantile(p, 0.995), 0, 1)
+    share = np.clip(p / max(np.quantile(p, 0.995), 1e-9), 0, 1)
     ramp = np.array([[255, 255, 255], [254, 217, 118], [240, 59, 32], [60, 0, 40]])
     return np.stack([np.interp(share, [0, .25, .65, 1], c) for c in ramp.T], 2).astype(np.uint8)
 

@@ -178,12 +178,13 @@ def sample(model, noise, alpha_bar, pred, sampler, steps, eta=0.0, on_step=None)
     """From noise to points (B, 2), over `steps` levels evenly spaced in t from T-1 to 0.
 
     noise: iterator over (B, 2); its first item is x_T, the others are for the samplers that add noise.
-    on_step(t, xt, x0) is called at each level. One network call per level; heun takes two, langevin LANGEVIN more."""
+    on_step(t, xt, x0) is called at each level. One network call per level; heun takes two, langevin LANGEVIN more, and
+    carries the points to the next level as they are."""
     xt, x0_old, lam_old = next(noise), None, None
     levels = np.linspace(T - 1, 0, steps).round().astype(int).tolist()
     for t, s in zip(levels, levels[1:] + [-1]):          # from level t to the cleaner level s; -1 is clean
         ab_t, ab_s = alpha_bar[t].item(), alpha_bar[s].item() if s >= 0 else 1.0
-        if sampler == "langevin":                        # walk uphill and jitter, at a fixed level: NCSN algorithm 1
+        if sampler == "langevin":                        # walk uphill and jitter, at this level: NCSN algorithm 1
             for _ in range(LANGEVIN):
                 x0, eps = guess(model, xt, t, alpha_bar, pred)
                 step = 0.1 * (1 - ab_t)                  # and score = -eps / sqrt(1 - ab)
@@ -207,9 +208,7 @@ def sample(model, noise, alpha_bar, pred, sampler, steps, eta=0.0, on_step=None)
             h, slope = angle(ab_s) - angle(ab_t), ode_slope(x0, eps, ab_t)
             there = guess(model, xt + h * slope, s, alpha_bar, pred)
             xt = xt + h * (slope + ode_slope(*there, ab_s)) / 2
-        elif sampler == "langevin":                      # the next level, in the scale of its points
-            xt = (ab_s / ab_t) ** 0.5 * xt
-        else:                                            # dpmpp_2m: a line through two x0; 2211.01095 algorithm 2
+        elif sampler == "dpmpp_2m":                      # a line through two x0; 2211.01095 algorithm 2
             lam = 0.5 * math.log(ab_t / (1 - ab_t))      # log of signal over noise
             h = 0.5 * math.log(ab_s / (1 - ab_s)) - lam
             ahead = 0 if x0_old is None else 0.5 * h / (lam - lam_old) * (x0 - x0_old)
@@ -400,7 +399,7 @@ def panel(x=(), colours=(), title="", tails=(), arrows=(), under=None):
 
 def heat(p):
     """A density on a square grid, rows from the top -> uint8 (h, w, 3): white, yellow, red, black."""
-    share = np.clip(p / np.quantile(p, 0.995), 0, 1)
+    share = np.clip(p / max(np.quantile(p, 0.995), 1e-9), 0, 1)
     ramp = np.array([[255, 255, 255], [254, 217, 118], [240, 59, 32], [60, 0, 40]])
     return np.stack([np.interp(share, [0, .25, .65, 1], c) for c in ramp.T], 2).astype(np.uint8)
 
