@@ -135,8 +135,11 @@ def path(x0, x1, t, sigma=0.0, z=0.0):
     """Where the pair (x0, x1), (B, 2) each, is at time t (B, 1), and its velocity there.
 
     A straight line (2209.03003 eq. 1); with sigma a Brownian bridge around it, z its noise (2302.00482 eq. 17, 18)."""
-    spread = sigma * (t * (1 - t)) ** 0.5
-    return (1 - t) * x0 + t * x1 + spread * z, x1 - x0 + (1 - 2 * t) / (2 * t * (1 - t)) * spread * z
+    xt, v = (1 - t) * x0 + t * x1, x1 - x0
+    if sigma > 0:  # t has to keep off 0 and 1, where this velocity has no bound
+        spread = sigma * (t * (1 - t)) ** 0.5
+        xt, v = xt + spread * z, v + (1 - 2 * t) / (2 * t * (1 - t)) * spread * z
+    return xt, v
 
 
 def loss_fn(model, x0, x1, t, sigma=0.0, z=0.0):
@@ -947,7 +950,7 @@ def train(args):
             loss = meanflow_loss_fn(model, x0, x1, torch.maximum(t, r), torch.minimum(t, r)).mean()
         elif args.coupling == "sinkhorn":
             z = torch.randn(x0.shape, generator=g, device=device)
-            loss = loss_fn(model, x0, x1, t.clamp(1e-3, 1 - 1e-3), args.sigma, z).mean()  # at the ends v has no bound
+            loss = loss_fn(model, x0, x1, t.clamp(1e-3, 1 - 1e-3), args.sigma, z).mean()
         else:
             loss = loss_fn(model, x0, x1, t).mean()
         loss.backward()

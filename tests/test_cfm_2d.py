@@ -73,6 +73,14 @@ def test_path_is_that_of_torchcfm_and_flow_matching():
     torch.testing.assert_close((xt, v), (other.x_t, -other.dx_t), rtol=0, atol=1e-12)
 
 
+def test_the_ends_of_the_path():
+    """torch.rand does give a 0 now and then: the line is defined there."""
+    x0, x1 = randn(2, 5, 2)
+    for t, x in ((0.0, x0), (1.0, x1)):
+        xt, v = c.path(x0, x1, torch.full((5, 1), t))
+        assert torch.equal(xt, x) and torch.equal(v, x1 - x0)
+
+
 def test_bridge_path_is_that_of_torchcfm():
     x0, x1, z = randn(3, 50, 2)
     t, sigma = 0.1 + 0.8 * rand(50), 0.7
