@@ -92,8 +92,8 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, mps")
     args = p.parse_args(argv)
-    check(args, p.error)
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
+    check(args, p.error)
     return args
 
 
@@ -118,6 +118,8 @@ def check(args, error):
         error("--oracle: the true velocity is known for the independent coupling only")
     if (args.meanflow or args.reflow) and args.coupling == "sinkhorn":
         error("--coupling sinkhorn walks along random bridges; --meanflow and --reflow need straight lines")
+    if args.meanflow and "sampler" in args.given:
+        error("--sampler solves for a path; a model of --meanflow knows its ends, so say only --sample_steps")
     for name, choices in (("coupling", COUPLINGS), ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")
@@ -134,7 +136,7 @@ def check(args, error):
 def path(x0, x1, t, sigma=0.0, z=0.0):
     """Where the pair (x0, x1), (B, 2) each, is at time t (B, 1), and its velocity there.
 
-    A straight line (2209.03003 eq. 1); with sigma a Brownian bridge around it, z its noise (2302.00482 eq. 17, 18)."""
+    A straight line (2209.03003 eq. 1); with sigma a Brownian bridge around it, z its noise (SB-CFM in 2302.00482)."""
     xt, v = (1 - t) * x0 + t * x1, x1 - x0
     if sigma > 0:  # t has to keep off 0 and 1, where this velocity has no bound
         spread = sigma * (t * (1 - t)) ** 0.5
@@ -165,7 +167,7 @@ def couple(x0, x1, coupling, sigma, seed):
     """A partner in x1 for each point of x0, (n, 2) each -> (n, 2). Lines that cross less make paths straighter.
 
     ot: the pairing of least total squared distance. sinkhorn: partners drawn from the optimal plan of entropy weight
-    2 sigma^2 (2302.00482 sections 3.2.2, 3.3), which is a_i exp(-cost / weight) b_j: found by scaling in turns."""
+    2 sigma^2 (SB-CFM in 2302.00482), which is a_i exp(-cost / weight) b_j: found by scaling in turns."""
     cost = cdist(x0, x1, "sqeuclidean")
     cost -= cost.min(1, keepdims=True)  # moves no optimum, makes the search faster and the exponential safer
     cost -= cost.min(0)
@@ -234,9 +236,9 @@ def solve(velocity, x, times, solver, tol, on_step=None):
             if on_step:
                 on_step(t, x, slope)
             t, x, slope = end if h == end - t else t + h, new, slopes[-1]
-        h *= min(10, max(0.2, 0.9 * (ratio + 1e-10) ** -0.2))
-        if abs(h) < 1e-7:
+        elif abs(h) < 1e-7:
             raise Stop(f"dopri5 cannot go on at t = {t:.4f}: the velocity is too rough for --tol {tol}", 1)
+        h *= min(10, max(0.2, 0.9 * (ratio + 1e-10) ** -0.2))
     return x, nfe
 
 

@@ -174,6 +174,14 @@ def test_dopri5_follows_its_tolerance_in_as_many_calls_as_torchdiffeq(tol):
     assert abs(nfe / len(calls) - 1) < 0.2, (nfe, len(calls))
 
 
+def test_dopri5_takes_a_tiny_last_step():
+    """What is left at the end may be next to nothing, after a first step of a 20th of the way."""
+    x, nfe = c.solve(lambda x, t: -x * 0, torch.ones(1, 2), [0.0, 1 + 1e-9], "dopri5", 1e-4)
+    assert (x == 1).all()
+    x, nfe = c.solve(lambda x, t: x, torch.ones(1, 2), [0.0, 1e-9], "dopri5", 1e-4)
+    assert nfe > 6 and x.allclose(torch.ones(1, 2))
+
+
 def test_dopri5_gives_up_with_a_sentence():
     with pytest.raises(c.Stop, match="dopri5"):
         c.solve(lambda x, t: x * float("nan"), randn(3, 2), [1.0, 0.0], "dopri5", 1e-4)
@@ -430,7 +438,7 @@ def test_wrong_input(quick, no_pictures, capsys, monkeypatch):
         "--source nothing": "nothing swiss_roll", "--source white.png": "white.png dark",
         "--steps 0": "--steps", "--lr nan": "--lr", "--noise -1": "--noise", "--sampler magic": "magic", "--tol 0": "--tol",
         "--coupling_size 100": "--coupling_size", "--coupling sinkhorn --meanflow": "sinkhorn --meanflow",
-        "--coupling sinkhorn --sigma 0.001": "--sigma", "--oracle --source moons": "--oracle", "--oracle --coupling ot": "--oracle",
+        "--coupling sinkhorn --sigma 0.001": "--sigma", "--meanflow --sampler rk4": "--sampler", "--oracle --source moons": "--oracle", "--oracle --coupling ot": "--oracle",
         "--features -1": "--features", "--sample 5": "--ckpt", "--ckpt a": "--sample",
         "--resume nowhere.pt": "nowhere.pt", "--resume text.txt": "text.txt", "--resume other.pt": "ddpm_2d.py",
         "--resume ok/ckpt.pt --width 32": "--width 32 16", "--sample 5 --ckpt text.txt": "text.txt",
