@@ -63,7 +63,7 @@ def parse_args(argv=None):
     g.add_argument("--source", metavar="gaussian|...", default="gaussian", help="where to start: noise, or as --data")
     g.add_argument("--noise", type=float, default=0.05, help="std of the noise on the points, whose own std is 2")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, default=128, help="channels, in a UNet those at its highest resolution")
+    g.add_argument("--width", type=int, default=128, help="channels of hidden layers; of a UNet, at full resolution")
     g.add_argument("--depth", type=int, default=3, help="hidden layers")
     g.add_argument("--features", type=int, default=64, help="random Fourier features of x; 0 = none")
     g = p.add_argument_group("flow")
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     g.add_argument("--from_ddpm", metavar="FILE", help="train nothing, use this model.safetensors of ddpm_2d.py")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
-    g.add_argument("--batch_size", type=int, default=512, help="training examples per step, over all GPUs")
+    g.add_argument("--batch_size", type=int, default=512, help="training examples per step, on all devices together")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, default=0.9995,
                    help="decay of the averaged weights, the ones that are sampled from")
@@ -112,12 +112,15 @@ def check(args, error):
         error(f"--coupling_size has to divide {POOL}: a power of 2")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
-    if (args.oracle or args.from_ddpm) and (args.source != "gaussian" or args.meanflow or args.reflow):
-        error("--oracle and --from_ddpm need no training, and start from gaussian noise")
-    if args.oracle and args.coupling != "independent":
-        error("--oracle: the true velocity is known for the independent coupling only")
-    if (args.meanflow or args.reflow) and args.coupling == "sinkhorn":
-        error("--coupling sinkhorn walks along random bridges; --meanflow and --reflow need straight lines")
+    if sum(map(bool, (args.sample, args.oracle, args.from_ddpm))) > 1:
+        error("--sample, --oracle and --from_ddpm exclude one another")
+    plain = args.source == "gaussian" and args.coupling == "independent" and not args.meanflow
+    if (args.oracle or args.from_ddpm) and not plain:
+        error("--oracle and --from_ddpm: known for independent gaussian noise only, and not for --meanflow")
+    if args.reflow and (args.coupling != "independent" or args.oracle or args.from_ddpm):
+        error("--reflow trains on pairs of its own: leave out --coupling, --oracle and --from_ddpm")
+    if args.meanflow and args.coupling == "sinkhorn":
+        error("--meanflow needs straight lines, and --coupling sinkhorn walks along random bridges")
     if args.meanflow and "sampler" in args.given:
         error("--sampler solves for a path; a model of --meanflow knows its ends, so say only --sample_steps")
     for name, choices in (("coupling", COUPLINGS), ("sampler", SAMPLERS)):
@@ -127,10 +130,11 @@ def check(args, error):
 
 # -----------------------------------------------------------------------------
 # The method. x0 is a clean point, x1 a point of the source (Gaussian noise, elsewhere called eps, or anything else),
-# t in [0, 1] the way between them. A model is any (xt, t) -> velocity, shaped like xt.
+# t in [0, 1] how far it is from the first to the second. A model is any (xt, t) -> velocity, shaped like xt.
 # To train: take an x0, an x1 and any t, stand at xt on the line between them, and let the model guess the velocity
 # x1 - x0. Many lines cross at xt, so it learns their mean. To sample: follow that mean from a source point at t = 1
-# back to t = 0. All points together then arrive as the data is distributed, though each goes its own way (2210.02747).
+# back to t = 0. The cloud of points arrives distributed as the data is, though no single point has to arrive where its
+# training line began (2210.02747 theorem 1).
 
 
 def path(x0, x1, t, sigma=0.0, z=0.0):
@@ -156,7 +160,8 @@ def meanflow_loss_fn(model, x0, x1, t, r):
     (t - r) u is the way from r to t. Its derivative by t, along the path, is v = u + (t - r) du/dt: that gives u from v
     and from its own slope. Where r = t this is flow matching."""
     xt, v = path(x0, x1, t[:, None])
-    # differs from the paper: along the path of the model's velocity, not of this one pair, whose slopes are far noisier
+    # differs from the paper: along the path of the model's velocity, not of this one pair, whose slopes are noisier; t
+    # and r are uniform, and no weight depends on the error
     with torch.no_grad():
         along = model(xt, t)
     u, slope = torch.func.jvp(model, (xt, t, r), (along, torch.ones_like(t), torch.zeros_like(r)))
@@ -173,8 +178,8 @@ def couple(x0, x1, coupling, sigma, seed):
     cost -= cost.min(0)
     if coupling == "ot":
         return x1[linear_sum_assignment(cost)[1]]
-    kernel, b = np.exp(-cost / (2 * sigma ** 2)), np.ones(len(x1))
     with np.errstate(all="ignore"):  # a sigma that is too small ends in NaN, which is looked at below
+        kernel, b = np.exp(-cost / (2 * sigma ** 2)), np.ones(len(x1))
         for _ in range(10_000):
             a = 1 / (kernel @ b)
             sent = a @ kernel
@@ -379,8 +384,8 @@ class MLP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Data: a target is a shape with Gaussian noise upon it, scaled to a standard deviation of 2. That makes it a mixture of
-# Gaussians, one around each point of the shape, so its density and its score are known at every noise level.
+# Data: a target is a shape, scaled to a standard deviation of 2, with Gaussian noise added. That makes it a mixture of
+# Gaussians, one around each of its points (4,096 stand for all): its density and score are known at every noise level.
 
 
 def shape(data, u):
@@ -425,7 +430,8 @@ class Target:
         self.data, self.noise, golden = data, noise, 1.3247179572447460
         u = (np.arange(n)[:, None] / np.array([golden, golden ** 2]) + 0.5) % 1  # an even net: Roberts' R2 sequence
         net = shape(data, u)
-        self.middle, self.scale = net.mean(0), 2 / net.std()
+        self.middle = net.mean(0)
+        self.scale = 2 / (net - self.middle).std()
         self.centres = torch.from_numpy((net - self.middle) * self.scale).to(device)          # (n, 2)
 
     def points(self, rng, n):
@@ -454,7 +460,8 @@ class Normal:
 
 
 # -----------------------------------------------------------------------------
-# Measures: how far apart are two sets of points, (n, 2) each? Every one is 0 for equal sets, and has a floor above it.
+# Measures: how far apart are two sets of points, (n, 2) each? Each is 0 for
+# equal sets; two fresh samples of one distribution get a little more, the floor.
 
 
 def chamfer(a, b):
@@ -464,7 +471,7 @@ def chamfer(a, b):
 
 def wasserstein(a, b):
     """The 2-Wasserstein distance, exactly: root of the mean squared distance under the best one-to-one assignment."""
-    cost = ((a[:, None] - b) ** 2).sum(2)
+    cost = cdist(a, b, "sqeuclidean")
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 
@@ -484,9 +491,9 @@ def measures(x, test):
 SIDE = 320
 
 
-def palette(turn):
-    """A colour wheel: turn (n,), of which the whole part does not count -> uint8 (n, 3)."""
-    wave = np.cos(2 * np.pi * (np.asarray(turn)[:, None] - np.array([0, 1, 2]) / 3))
+def wheel(x):
+    """A colour for each of the points x (n, 2), by its direction from the middle -> uint8 (n, 3)."""
+    wave = np.cos(np.arctan2(x[:, 1], x[:, 0])[:, None] - 2 * np.pi * np.array([0, 1, 2]) / 3)
     return (120 + 100 * wave).astype(np.uint8)
 
 
@@ -556,6 +563,14 @@ def pick_device(name):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise Stop(f"--device {name} cannot be used on this machine: {str(e).splitlines()[0]}")
+
+
+def float64_device(name):
+    """pick_device, but none without float64, which the closed forms need."""
+    device = pick_device(name)
+    if device.type == "mps":
+        raise Stop("the closed forms need float64, which MPS lacks: use --device cpu")
+    return device
 
 
 INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number that mix takes: one stream for each purpose
@@ -638,6 +653,17 @@ def load_safetensors(path):
         raise Stop(f"{path} is not a whole .safetensors file: {e}")
 
 
+def read_model(path, script):
+    """The tensors, settings and data of a model.safetensors. Raises Stop for a damaged one or one of another script."""
+    tensors, about = load_safetensors(path)
+    if about.get("script") != script:
+        raise Stop(f"{path} was made by {about.get('script', 'another program')}, not by {script}")
+    try:
+        return tensors, json.loads(about["args"]), json.loads(about["data"])
+    except (KeyError, ValueError) as e:
+        raise Stop(f"the header of {path} does not describe a model: {e!r}")
+
+
 def load_weights(model, tensors, path):
     """load_state_dict that says in a sentence why the weights in `path` are not those of this model."""
     try:
@@ -718,7 +744,8 @@ POOL, N = 2 ** 16, 2048  # points to train on; points in measures and pictures
 
 
 def draw(model, source, n, args, device, seed=None, **other):
-    """n samples (n, 2) and NFE, a function of (seed, index) alone; `other` overrides sampler, steps or tol."""
+    """n samples (n, 2) and NFE; `other` overrides sampler, steps or tol. A function of (seed, index) alone, except with
+    dopri5, whose steps depend on all points."""
     x1 = source.points(np.random.default_rng((IMAGE, args.seed if seed is None else seed)), n)
     how = dict(sampler=args.sampler, steps=args.sample_steps, tol=args.tol, meanflow=args.meanflow) | other
     return sample(model, torch.from_numpy(x1).to(device), **how)
@@ -732,11 +759,12 @@ def make_pairs(target, source, args, teacher, device):
     """x0, x1 (POOL, 2): which source point belongs to which point. Independent ones are shuffled in each step again."""
     rng = np.random.default_rng((BATCH, args.seed))
     x0, x1 = target.points(rng, POOL), source.points(rng, POOL)
-    if teacher:  # reflow: x0 is where the model takes x1, 2209.03003 section 2.2
+    if teacher:  # reflow: x0 is where the model takes x1, 2209.03003 algorithm 1
         how = dict(sampler="rk4", steps=12, meanflow=args.meanflow)
         x0 = np.concatenate([sample(teacher, torch.from_numpy(part).to(device), **how)[0].cpu().numpy()
                              for part in np.split(x1, 8)])
     elif args.coupling != "independent":
+        # differs from the papers: once, before training, not anew in each batch; one pair serves many times t
         began, blocks = time.time(), range(0, POOL, args.coupling_size)
         def block(i):
             part = slice(i, i + args.coupling_size)
@@ -758,15 +786,10 @@ def true_velocity(target):
     return velocity
 
 
-def load_model(path, args, device):
-    """The model in a model.safetensors of this script; args take over what it was trained with."""
-    tensors, about = load_safetensors(path)
-    if about.get("script") != "cfm_2d.py":
-        raise Stop(f"{path} was made by {about.get('script', 'another program')}, not by cfm_2d.py")
-    try:
-        adopt(args, json.loads(about["args"]), ARCHITECTURE, path)
-    except (KeyError, TypeError, ValueError) as e:
-        raise Stop(f"the header of {path} does not describe a model: {e!r}")
+def load_model(path, args, device, also=()):
+    """The model in a model.safetensors of this script; args take over what it was trained with, and the keys `also`."""
+    tensors, saved, _ = read_model(path, "cfm_2d.py")
+    adopt(args, saved, ARCHITECTURE + sorted(also), path)
     model = MLP(args.width, args.depth, args.features, 1 + args.meanflow).to(device).requires_grad_(False)
     load_weights(model, tensors, path)
     return model
@@ -795,21 +818,22 @@ def report(model, target, source, args, device, true=None):
     print("energy distance by sampler and NFE: " + "  ".join(f"{k}: {v:.4f}" for k, v in few.items()))
     result = dict(measures=result, floor=floor, by_nfe=few)
 
-    speeds, v0 = [], []
+    # straightness: S of 2209.03003 eq. 5; path energy: NPE of 2302.00482, against the samples of the model itself
+    speeds, slopes = [], []
     def note(t, x, v):
         speeds.append(v.square().sum(1).mean().item())
-        v0.append(v.double())
+        slopes.append(v)
     x1 = torch.from_numpy(source.points(np.random.default_rng((IMAGE, args.seed)), N)).to(device)
     x0, _ = sample(model, x1, "midpoint", 50, meanflow=args.meanflow, on_step=note)
-    bend = np.mean([(v - (x1 - x0)).square().sum(1).mean().item() for v in v0])
+    bend = np.mean([(v - (x1 - x0)).square().sum(1).mean().item() for v in slopes])
     shortest = wasserstein(x1.cpu().numpy(), x0.cpu().numpy()) ** 2
     result |= dict(straightness=bend, path_energy=(np.mean(speeds) - shortest) / shortest)
-    print(f"straightness {bend:.4f} (0: every path is a line), path energy {result['path_energy']:.4f} above the least")
+    print(f"straightness {bend:.4f} (0: every path is a line), path energy {result['path_energy']:.1%} above the least")
     if true:
         errors, rng = {}, np.random.default_rng((NOISE, 0))
         for t in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98):
             x0, x1 = (torch.from_numpy(s.points(rng, N)).to(device) for s in (target, source))
-            xt, at = (1 - t) * x0 + t * x1, torch.full((N,), t, device=device)
+            xt, at = path(x0, x1, t)[0], torch.full((N,), t, device=device)
             with torch.no_grad():
                 v = true(xt, at)
                 errors[t] = ((model(xt, at) - v).square().sum() / v.square().sum()).item()
@@ -820,9 +844,8 @@ def report(model, target, source, args, device, true=None):
 
 def show(out, model, target, source, args, device, pairs, snapshots, true=None):
     """forward.png, reverse.gif, field.gif, density.png, training.gif; snapshots: [(step, samples (N, 2))]."""
-    wheel = lambda x: palette(np.arctan2(x[:, 1], x[:, 0]) / (2 * np.pi))
     x0, x1 = (x[:N].cpu().numpy() for x in pairs)
-    panels, between = [], lambda t: (1 - t) * x0 + t * x1
+    panels, between = [], lambda t: path(x0, x1, t)[0]
     for t in (0, 0.2, 0.4, 0.6, 0.8, 1):
         panels.append(panel(between(t), wheel(x0), f"t = {t}", [x0[::16], between(t)[::16]]))
     save_png(out / "forward.png", np.concatenate(panels, 1))
@@ -842,7 +865,7 @@ def show(out, model, target, source, args, device, pairs, snapshots, true=None):
     at, frames = torch.from_numpy(grid(20)).to(device), []
     for i in range(0, len(track) - 1, 2):
         t, xt, pair = torch.full((len(at),), track[i][0], device=device), track[i][1], []
-        for title, velocity in (("true velocity", true), ("learnt velocity", model)):
+        for title, velocity in (("true velocity", true), ("learnt velocity", None if args.oracle else model)):
             if velocity:
                 with torch.no_grad():
                     v = -velocity(at, t)                              # as they move when sampling, towards t = 0
@@ -871,7 +894,7 @@ def train(args):
         state = load_checkpoint(args.resume, "cfm_2d.py")
         keep = {"given", "resume"} | args.given & set(FREE_ON_RESUME)
         adopt(args, state["args"], vars(args).keys() - keep, args.resume)
-    device, out = pick_device(args.device), Path(args.out)
+    device, out = float64_device(args.device), Path(args.out)
     teacher = args.reflow and load_model(args.reflow, args, device)
     if teacher and Path(args.reflow).resolve().parent == out.resolve():
         raise Stop(f"this run would write over {args.reflow}: choose another --out")
@@ -885,7 +908,7 @@ def train(args):
     pairs = make_pairs(target, source, args, teacher, device)
     if args.oracle:
         report(true, target, source, args, device)
-        show(out, true, target, source, args, device, pairs, [])
+        show(out, true, target, source, args, device, pairs, [], true)
         return
 
     torch.manual_seed(mix(INIT, args.seed))
@@ -972,16 +995,12 @@ def train(args):
 
 def from_ddpm(args):
     """--from_ddpm FILE: measures and pictures of a DDPM that is sampled as a flow, and both paths in bridge.png."""
-    device, out = pick_device(args.device), Path(args.out)
-    tensors, about = load_safetensors(args.from_ddpm)
-    if about.get("script") != "ddpm_2d.py":
-        raise Stop(f"{args.from_ddpm} was made by {about.get('script', 'another program')}, not by ddpm_2d.py")
-    try:
-        saved = json.loads(about["args"])
-        adopt(args, saved, "width depth features data noise".split(), args.from_ddpm)
-        schedule, pred = SCHEDULES[SCHEDULES.index(saved["schedule"])], PREDICTIONS[PREDICTIONS.index(saved["pred"])]
-    except (KeyError, TypeError, ValueError) as e:
-        raise Stop(f"the header of {args.from_ddpm} does not describe a model: {e!r}")
+    device, out = float64_device(args.device), Path(args.out)
+    tensors, saved, _ = read_model(args.from_ddpm, "ddpm_2d.py")
+    adopt(args, saved, "width depth features data noise".split(), args.from_ddpm)
+    schedule, pred = saved.get("schedule"), saved.get("pred")
+    if schedule not in SCHEDULES or pred not in PREDICTIONS:
+        raise Stop(f"{args.from_ddpm} does not say what --schedule and --pred were; has it been edited?")
     network, alpha_bar = MLP(args.width, args.depth, args.features), make_alpha_bar(schedule)
     load_weights(network, tensors, args.from_ddpm)
     model = DDPMFlow(network.requires_grad_(False), alpha_bar, pred).to(device)
@@ -1001,22 +1020,21 @@ def from_ddpm(args):
                          on_step=lambda t, x, v: ways[1].append(x))
     gap = (flow_end * scale(alpha_bar[0].item()) - end).abs().max()
     end = end.numpy()
-    colours = palette(np.arctan2(end[:, 1], end[:, 0]) / (2 * np.pi))
     save_png(out / "bridge.png", np.concatenate(
-        [panel(end, colours, title, [x[::8] for x in way]) for title, way in zip(
+        [panel(end, wheel(end), title, [x[::8] for x in way]) for title, way in zip(
             ("DDIM, in the coordinates of diffusion", "Euler, in the coordinates of flow matching"), ways)], 1))
     print(f"DDIM and Euler over the same {len(levels)} levels: largest difference of a coordinate {gap:.1e}; see {out}")
 
 
 def sample_only(args):
     """--sample N --ckpt FILE: points from a finished model, as points.npy and points.png."""
-    device, out = pick_device(args.device), Path(args.out)
-    model = load_model(args.ckpt, args, device)
+    device, out = float64_device(args.device), Path(args.out)
+    model = load_model(args.ckpt, args, device, {"sampler", "sample_steps", "tol"} - args.given)
     x, nfe = draw(model, make_source(args, device), args.sample, args, device)
     x = x.cpu().numpy()
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "points.npy", lambda f: np.save(f, x))
-    save_png(out / "points.png", panel(x, palette(np.arctan2(x[:, 1], x[:, 0]) / (2 * np.pi))))
+    save_png(out / "points.png", panel(x, wheel(x)))
     print(f"{len(x)} points in {out / 'points.npy'}, drawn in {out / 'points.png'}; NFE {nfe}")
 
 

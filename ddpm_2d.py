@@ -60,7 +60,7 @@ def parse_args(argv=None):
     g.add_argument("--data", metavar="|".join([*TARGETS, "PICTURE"]), default="swiss_roll", help="what to learn")
     g.add_argument("--noise", type=float, default=0.05, help="std of the noise on the points, whose own std is 2")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, default=128, help="channels, in a UNet those at its highest resolution")
+    g.add_argument("--width", type=int, default=128, help="channels of hidden layers; of a UNet, at full resolution")
     g.add_argument("--depth", type=int, default=3, help="hidden layers")
     g.add_argument("--features", type=int, default=64, help="random Fourier features of x; 0 = none")
     g = p.add_argument_group("diffusion")
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     g.add_argument("--pred", choices=PREDICTIONS, default="v", help="what the network predicts")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
-    g.add_argument("--batch_size", type=int, default=512, help="training examples per step, over all GPUs")
+    g.add_argument("--batch_size", type=int, default=512, help="training examples per step, on all devices together")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, default=0.9995,
                    help="decay of the averaged weights, the ones that are sampled from")
@@ -155,7 +155,7 @@ def loss_fn(model, x0, eps, t, alpha_bar, pred):
     out = model(add_noise(x0, eps, ab), t)
     if pred == "score":  # the target -eps / sqrt(1 - ab) explodes as t -> 0: weight with the variance, NCSN eq. 5, 6
         return (((1 - ab) ** 0.5 * out + eps) ** 2).mean(1)
-    v_pred_target = ab ** 0.5 * eps - (1 - ab) ** 0.5 * x0  # 2202.00512 appendix D
+    v_pred_target = ode_slope(x0, eps, ab)  # 2202.00512 appendix D
     return (out - {"eps": eps, "v": v_pred_target, "x0": x0}[pred]).square().mean(1)
 
 
@@ -272,8 +272,8 @@ class MLP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Data: a target is a shape with Gaussian noise upon it, scaled to a standard deviation of 2. That makes it a mixture of
-# Gaussians, one around each point of the shape, so its density and its score are known at every noise level.
+# Data: a target is a shape, scaled to a standard deviation of 2, with Gaussian noise added. That makes it a mixture of
+# Gaussians, one around each of its points (4,096 stand for all): its density and score are known at every noise level.
 
 
 def shape(data, u):
@@ -318,7 +318,8 @@ class Target:
         self.data, self.noise, golden = data, noise, 1.3247179572447460
         u = (np.arange(n)[:, None] / np.array([golden, golden ** 2]) + 0.5) % 1  # an even net: Roberts' R2 sequence
         net = shape(data, u)
-        self.middle, self.scale = net.mean(0), 2 / net.std()
+        self.middle = net.mean(0)
+        self.scale = 2 / (net - self.middle).std()
         self.centres = torch.from_numpy((net - self.middle) * self.scale).to(device)          # (n, 2)
 
     def points(self, rng, n):
@@ -337,7 +338,8 @@ class Target:
 
 
 # -----------------------------------------------------------------------------
-# Measures: how far apart are two sets of points, (n, 2) each? Every one is 0 for equal sets, and has a floor above it.
+# Measures: how far apart are two sets of points, (n, 2) each? Each is 0 for
+# equal sets; two fresh samples of one distribution get a little more, the floor.
 
 
 def chamfer(a, b):
@@ -347,7 +349,7 @@ def chamfer(a, b):
 
 def wasserstein(a, b):
     """The 2-Wasserstein distance, exactly: root of the mean squared distance under the best one-to-one assignment."""
-    cost = ((a[:, None] - b) ** 2).sum(2)
+    cost = cdist(a, b, "sqeuclidean")
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 
@@ -367,9 +369,9 @@ def measures(x, test):
 SIDE = 320
 
 
-def palette(turn):
-    """A colour wheel: turn (n,), of which the whole part does not count -> uint8 (n, 3)."""
-    wave = np.cos(2 * np.pi * (np.asarray(turn)[:, None] - np.array([0, 1, 2]) / 3))
+def wheel(x):
+    """A colour for each of the points x (n, 2), by its direction from the middle -> uint8 (n, 3)."""
+    wave = np.cos(np.arctan2(x[:, 1], x[:, 0])[:, None] - 2 * np.pi * np.array([0, 1, 2]) / 3)
     return (120 + 100 * wave).astype(np.uint8)
 
 
@@ -439,6 +441,14 @@ def pick_device(name):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise Stop(f"--device {name} cannot be used on this machine: {str(e).splitlines()[0]}")
+
+
+def float64_device(name):
+    """pick_device, but none without float64, which the closed forms need."""
+    device = pick_device(name)
+    if device.type == "mps":
+        raise Stop("the closed forms need float64, which MPS lacks: use --device cpu")
+    return device
 
 
 INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number that mix takes: one stream for each purpose
@@ -519,6 +529,17 @@ def load_safetensors(path):
         raise Stop(f"cannot read {path}: {e.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError, OverflowError) as e:
         raise Stop(f"{path} is not a whole .safetensors file: {e}")
+
+
+def read_model(path, script):
+    """The tensors, settings and data of a model.safetensors. Raises Stop for a damaged one or one of another script."""
+    tensors, about = load_safetensors(path)
+    if about.get("script") != script:
+        raise Stop(f"{path} was made by {about.get('script', 'another program')}, not by {script}")
+    try:
+        return tensors, json.loads(about["args"]), json.loads(about["data"])
+    except (KeyError, ValueError) as e:
+        raise Stop(f"the header of {path} does not describe a model: {e!r}")
 
 
 def load_weights(model, tensors, path):
@@ -650,7 +671,6 @@ def show(out, model, pred, target, args, alpha_bar, snapshots):
     """forward.png, reverse.gif, field.gif, density.png, training.gif; snapshots: [(step, samples (N, 2))]."""
     rng, device = np.random.default_rng((BATCH, args.seed, 2)), alpha_bar.device
     x0, eps = target.points(rng, N), rng.standard_normal((N, 2)).astype(np.float32)
-    wheel = lambda x: palette(np.arctan2(x[:, 1], x[:, 0]) / (2 * np.pi))
     levels = [0, 100, 250, 400, 600, 999]
     save_png(out / "forward.png", np.concatenate(
         [panel(add_noise(x0, eps, alpha_bar[t].item()), wheel(x0), f"t = {t}") for t in levels], 1))
@@ -699,7 +719,7 @@ def train(args):
         state = load_checkpoint(args.resume, "ddpm_2d.py")
         keep = {"given", "resume"} | args.given & set(FREE_ON_RESUME)
         adopt(args, state["args"], vars(args).keys() - keep, args.resume)
-    device, out = pick_device(args.device), Path(args.out)
+    device, out = float64_device(args.device), Path(args.out)
     target, alpha_bar = Target(args.data, args.noise, device), make_alpha_bar(args.schedule).to(device)
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k != "given"}
@@ -788,21 +808,15 @@ def train(args):
 
 def sample_only(args):
     """--sample N --ckpt FILE: points from a finished model, as points.npy and points.png."""
-    device, out = pick_device(args.device), Path(args.out)
-    tensors, about = load_safetensors(args.ckpt)
-    if about.get("script") != "ddpm_2d.py":
-        raise Stop(f"{args.ckpt} was made by {about.get('script', 'another program')}, not by ddpm_2d.py")
-    try:
-        saved = json.loads(about["args"])
-        adopt(args, saved, ARCHITECTURE + sorted({"sampler", "sample_steps", "eta"} - args.given), args.ckpt)
-    except (KeyError, TypeError, ValueError) as e:
-        raise Stop(f"the header of {args.ckpt} does not describe a model: {e!r}")
+    device, out = float64_device(args.device), Path(args.out)
+    tensors, saved, _ = read_model(args.ckpt, "ddpm_2d.py")
+    adopt(args, saved, ARCHITECTURE + sorted({"sampler", "sample_steps", "eta"} - args.given), args.ckpt)
     model = MLP(args.width, args.depth, args.features).to(device).requires_grad_(False)
     load_weights(model, tensors, args.ckpt)
     x = draw(model, args.pred, args.sample, args, make_alpha_bar(args.schedule).to(device)).cpu().numpy()
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "points.npy", lambda f: np.save(f, x))
-    save_png(out / "points.png", panel(x, palette(np.arctan2(x[:, 1], x[:, 0]) / (2 * np.pi))))
+    save_png(out / "points.png", panel(x, wheel(x)))
     print(f"{len(x)} points in {out / 'points.npy'}, drawn in {out / 'points.png'}")
 
 

@@ -93,7 +93,7 @@ def parse_args(argv=None):
     g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class of each picture")
     g.add_argument("--condition", choices=list(CONDITION_CHANNELS), default="none", help="translate pictures from this")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, help="channels, in a UNet those at its highest resolution")
+    g.add_argument("--width", type=int, help="channels of hidden layers; of a UNet, at full resolution")
     g.add_argument("--mults", help="channel multiplier of each resolution; the side halves from one to the next")
     g.add_argument("--blocks", type=int, help="residual blocks per resolution")
     g.add_argument("--attn", type=int, help="self-attention where the feature map has at most this side")
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
-    g.add_argument("--batch_size", type=int, help="training examples per step, over all GPUs")
+    g.add_argument("--batch_size", type=int, help="training examples per step, on all devices together")
     g.add_argument("--accum", type=int, default=1, help="forward passes per step, to save memory")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, help="decay of the averaged weights, the ones that are sampled from")
@@ -794,6 +794,17 @@ def load_safetensors(path):
         raise Stop(f"{path} is not a whole .safetensors file: {e}")
 
 
+def read_model(path, script):
+    """The tensors, settings and data of a model.safetensors. Raises Stop for a damaged one or one of another script."""
+    tensors, about = load_safetensors(path)
+    if about.get("script") != script:
+        raise Stop(f"{path} was made by {about.get('script', 'another program')}, not by {script}")
+    try:
+        return tensors, json.loads(about["args"]), json.loads(about["data"])
+    except (KeyError, ValueError) as e:
+        raise Stop(f"the header of {path} does not describe a model: {e!r}")
+
+
 def load_weights(model, tensors, path):
     """load_state_dict that says in a sentence why the weights in `path` are not those of this model."""
     try:
@@ -1250,17 +1261,12 @@ def train(args):
 def sample_only(args):
     """--sample N --ckpt FILE: pictures from a finished model, as generated/000000.png ... and one grid."""
     device, rank, world = setup(args)
-    tensors, about = load_safetensors(args.ckpt)
-    if about.get("script") != "ddpm_images.py":
-        raise Stop(f"{args.ckpt} was made by {about.get('script', 'another program')}, not by ddpm_images.py")
-    try:
-        saved, classes = json.loads(about["args"]), json.loads(about["data"])["classes"]
-        sampling = {"sampler", "sample_steps", "eta", "cfg_scale"}  # as in training, unless given
-        adopt(args, saved, ARCHITECTURE + sorted(sampling - args.given), args.ckpt)
-        if not isinstance(classes, list) or args.class_cond and len(classes) < 2:
-            raise ValueError(f"classes {classes}")
-    except (KeyError, TypeError, ValueError) as e:
-        raise Stop(f"the header of {args.ckpt} does not describe a model: {e!r}")
+    tensors, saved, data = read_model(args.ckpt, "ddpm_images.py")
+    sampling = {"sampler", "sample_steps", "eta", "cfg_scale"}  # as in training, unless given
+    adopt(args, saved, ARCHITECTURE + sorted(sampling - args.given), args.ckpt)
+    classes = data.get("classes") if isinstance(data, dict) else None
+    if not isinstance(classes, list) or args.class_cond and len(classes) < 2:
+        raise Stop(f"{args.ckpt} does not say what its classes were; has it been edited?")
     model = build_model(args, len(classes)).to(device).eval().requires_grad_(False)
     load_weights(model, tensors, args.ckpt)
     if (args.condition == "none") != (args.input is None):

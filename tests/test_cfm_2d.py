@@ -156,7 +156,7 @@ def test_order_of_the_solvers(solver, order):
 
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
-def test_dopri5_follows_its_tolerance_in_as_many_calls_as_torchdiffeq(tol):
+def test_dopri5_follows_its_tolerance_in_no_more_calls_than_torchdiffeq(tol):
     target = c.Target("moons", 0.3, "cpu", 256)
     velocity, calls = c.true_velocity(target), []
     x1 = randn(200, 2)
@@ -171,7 +171,7 @@ def test_dopri5_follows_its_tolerance_in_as_many_calls_as_torchdiffeq(tol):
     got, nfe = c.sample(velocity, x1, "dopri5", span.tolist(), tol)
     error, their_error = ((x - exact).square().mean().sqrt() for x in (got, theirs))
     assert error < 2 * their_error and error < 30 * tol, (error, their_error)
-    assert abs(nfe / len(calls) - 1) < 0.2, (nfe, len(calls))
+    assert nfe < 1.2 * len(calls), (nfe, len(calls))  # often fewer: torchdiffeq never shortens a step after a good one
 
 
 def test_dopri5_takes_a_tiny_last_step():
@@ -439,6 +439,8 @@ def test_wrong_input(quick, no_pictures, capsys, monkeypatch):
         "--steps 0": "--steps", "--lr nan": "--lr", "--noise -1": "--noise", "--sampler magic": "magic", "--tol 0": "--tol",
         "--coupling_size 100": "--coupling_size", "--coupling sinkhorn --meanflow": "sinkhorn --meanflow",
         "--coupling sinkhorn --sigma 0.001": "--sigma", "--meanflow --sampler rk4": "--sampler", "--oracle --source moons": "--oracle", "--oracle --coupling ot": "--oracle",
+        "--from_ddpm a --coupling ot": "--from_ddpm", "--reflow a --coupling ot": "--reflow --coupling",
+        "--oracle --from_ddpm a": "exclude", "--sample 5 --ckpt a --oracle": "exclude",
         "--features -1": "--features", "--sample 5": "--ckpt", "--ckpt a": "--sample",
         "--resume nowhere.pt": "nowhere.pt", "--resume text.txt": "text.txt", "--resume other.pt": "ddpm_2d.py",
         "--resume ok/ckpt.pt --width 32": "--width 32 16", "--sample 5 --ckpt text.txt": "text.txt",

@@ -181,6 +181,15 @@ def test_swiss_roll_is_scikit_learns():
     assert abs(x[:, 0] - np.hypot(*x.T) * np.cos(np.hypot(*x.T))).max() < 1e-9
 
 
+@pytest.mark.parametrize("data", [*d.TARGETS, "wide.png"])
+def test_the_std_is_two(data):
+    ink = np.full((60, 200), 255, np.uint8)
+    ink[10:20, 5:15] = ink[40:50, 180:195] = 0
+    Image.fromarray(ink).save("wide.png")
+    x = d.Target(data, 0, "cpu").points(np.random.default_rng(0), 4000)
+    assert abs(x.mean(0)).max() < 0.15 and abs((x - x.mean(0)).std() - 2) < 0.03
+
+
 def test_a_picture_as_target():
     ink = np.full((40, 60), 255, np.uint8)
     ink[5:10, 30:50] = 0    # top right
