@@ -54,7 +54,12 @@ def parse_args(argv=None):
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, sentence):  # argparse would print the whole usage first
+            self.exit(2, f"{self.prog}: {sentence}; --help lists every flag\n")
+
+    p = Parser(prog="ddpm_2d.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="|".join([*TARGETS, "PICTURE"]), default="swiss_roll", help="what to learn")
@@ -103,6 +108,8 @@ def check(args, error):
             error(f"--{name} has to lie between 0 and {'1' if top == 1 else '2^63'}")
     if args.sample_steps > T:
         error(f"--sample_steps can be at most T = {T}")
+    if Path(args.out).is_file():
+        error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
     for name, choices in (("schedule", SCHEDULES), ("pred", PREDICTIONS), ("sampler", SAMPLERS)):
@@ -124,9 +131,11 @@ def make_alpha_bar(schedule):
     """alpha_bar (T,) in float64, the product of 1 - beta. linear: DDPM section 4; cosine: 2102.09672 eq. 17."""
     if schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    else:
+    elif schedule == "cosine":
         f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"no schedule {schedule}")
     return torch.cumprod(1 - beta, 0)
 
 
@@ -528,7 +537,8 @@ def load_safetensors(path):
     except OSError as e:
         raise Stop(f"cannot read {path}: {e.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError, OverflowError) as e:
-        raise Stop(f"{path} is not a whole .safetensors file: {e}")
+        hint = "a ckpt.pt is for --resume, model.safetensors beside it for --ckpt" if str(path).endswith(".pt") else e
+        raise Stop(f"{path} is not a whole .safetensors file: {hint}")
 
 
 def read_model(path, script):
@@ -560,7 +570,8 @@ def load_checkpoint(path, script):
     except OSError as e:
         raise Stop(f"--resume {path}: {e.strerror or e}")
     except Exception as e:  # a damaged file can raise anything
-        raise Stop(f"--resume {path} is not a whole ckpt.pt: {type(e).__name__}")
+        hint = "it holds weights alone, take the ckpt.pt" if str(path).endswith(".safetensors") else type(e).__name__
+        raise Stop(f"--resume {path} is not a whole ckpt.pt: {hint}")
     if state["script"] != script:
         raise Stop(f"--resume {path} was made by {state['script']}, not by {script}")
     return state
@@ -719,6 +730,8 @@ def train(args):
         state = load_checkpoint(args.resume, "ddpm_2d.py")
         keep = {"given", "resume"} | args.given & set(FREE_ON_RESUME)
         adopt(args, state["args"], vars(args).keys() - keep, args.resume)
+        if "out" not in args.given:
+            args.out = str(Path(args.resume).parent)  # where it lies now: the folder may have been renamed
     device, out = float64_device(args.device), Path(args.out)
     target, alpha_bar = Target(args.data, args.noise, device), make_alpha_bar(args.schedule).to(device)
     out.mkdir(parents=True, exist_ok=True)
@@ -757,6 +770,7 @@ def train(args):
 
     log = open(out / "log.jsonl", "a" if state else "w", buffering=1)
     noted, loss_sum, seen, clock, snapshots = note_signals(), torch.zeros((), device=device), 0, time.time(), []
+    log_every = max(1, args.steps // 20)
     shots = {round(args.steps * (i / 24) ** 2) for i in range(25)}  # for training.gif, most of them early
     bar = tqdm(total=args.steps, initial=start, disable=None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to look at the last
@@ -764,13 +778,13 @@ def train(args):
         if step in shots:
             x = draw(ema, args.pred, N, args, alpha_bar, sampler="ddim", steps=30, eta=0.0)
             snapshots.append((step, x.cpu().numpy()))
-        if seen and (step % 500 == 0 or last or noted):
+        if seen and (step % log_every == 0 or last or noted):
             loss, rate = loss_sum.item() / seen, seen * args.batch_size / (time.time() - clock)
             if not loss < 100:
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
             record = dict(data=args.data, step=step, loss=loss, lr=args.lr, pts_per_s=rate, seconds=time.time() - began)
             log.write(json.dumps(record) + "\n")
-            if bar.disable and (step % 2000 == 0 or last):
+            if bar.disable and (step % (4 * log_every) == 0 or last):
                 print("  ".join(f"{k} {record[k]:.{d}f}" for k, d in dict(
                     step=0, loss=4, pts_per_s=0, seconds=0).items()), flush=True)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} points/s")
@@ -778,7 +792,7 @@ def train(args):
             seen, clock = 0, time.time()
         if noted:
             save(step)
-            raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", noted[0])
+            raise Stop(f"stopped at step {step}; go on: python ddpm_2d.py --resume {out / 'ckpt.pt'}", noted[0])
         if last or step % 10_000 == 0 and step > start:
             save(step)
         if last:
@@ -801,6 +815,7 @@ def train(args):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_at_once)  # all is saved
+    print("measuring, then drawing")
     log.write(json.dumps(dict(step=args.steps, **report(ema, args.pred, target, args, alpha_bar))) + "\n")
     show(out, ema, args.pred, target, args, alpha_bar, snapshots)
     print(f"done in {time.time() - began:.0f} s; see {out}/reverse.gif")
@@ -839,7 +854,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e), e.code
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; a ckpt.pt saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; what was saved earlier is whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     print(f"ddpm_2d.py: {sentence}", file=sys.stderr)

@@ -61,8 +61,8 @@ PRESETS = {
     "gpu": dict(size=64, patch=1, width=128, mults="1,2,3,4", blocks=2, attn=16, dropout=0.1, pred="v", min_snr=5.0,
                 steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=250,
                 compile=True),
-    "smoke": dict(size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0", min_snr=0.5,
-                  steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4,
+    "smoke": dict(out="out/smoke", size=32, patch=4, width=32, mults="1,2", blocks=1, attn=4, dropout=0.0, pred="x0",
+                  min_snr=0.5, steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4,
                   compile=False),
 }
 SCHEDULES = ["cosine", "linear"]
@@ -74,24 +74,30 @@ CONDITION_CHANNELS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "mask": 4}
 def parse_args(argv=None):
     """The settings: flags given by hand, then the preset's. Wrong ones end the script with a sentence and status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the preset decides the defaults of the rest
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, sentence):  # argparse would print the whole usage first
+            self.exit(2, f"{self.prog}: {sentence}; --help lists every flag\n")
+
+    early = Parser(prog="ddpm_images.py", add_help=False, allow_abbrev=False)  # the preset decides the other defaults
     early.add_argument("--preset")
     early.add_argument("--device", default="auto")
     early.add_argument("--smoke", action=argparse.BooleanOptionalAction)
     known = early.parse_known_args(argv)[0]
     preset = known.preset or ("gpu" if pick_device(known.device).type == "cuda" else "cpu")
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    p = Parser(prog="ddpm_images.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="drawn_faces|animal_faces|FOLDER|.zip|.npz", default="drawn_faces",
                    help="what to learn")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
-    g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class of each picture")
-    g.add_argument("--condition", choices=list(CONDITION_CHANNELS), default="none", help="translate pictures from this")
+    g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class: the sub-folder or species")
+    g.add_argument("--condition", choices=list(CONDITION_CHANNELS), default="none",
+                   help="translate pictures: enlarge, colour, edges to photo, fill a hole")
     g = p.add_argument_group("model")
     g.add_argument("--width", type=int, help="channels of hidden layers; of a UNet, at full resolution")
     g.add_argument("--mults", help="channel multiplier of each resolution; the side halves from one to the next")
@@ -107,7 +113,7 @@ def parse_args(argv=None):
     g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch_size", type=int, help="training examples per step, on all devices together")
-    g.add_argument("--accum", type=int, default=1, help="forward passes per step, to save memory")
+    g.add_argument("--accum", type=int, default=1, help="parts that each batch is split into, to save memory")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, help="decay of the averaged weights, the ones that are sampled from")
     g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
@@ -157,6 +163,8 @@ def check(args, error):
         error("--width has to be a multiple of 32, the channels of an attention head")
     if args.sample_steps > T:
         error(f"--sample_steps can be at most T = {T}")
+    if Path(args.out).is_file():
+        error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume or args.input and not args.sample:
         error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
     if args.condition == "lowres" and args.size % 4:
@@ -180,9 +188,11 @@ def make_alpha_bar(schedule):
     """alpha_bar (T,) in float64, the product of 1 - beta. linear: DDPM section 4; cosine: 2102.09672 eq. 17."""
     if schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    else:
+    elif schedule == "cosine":
         f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"no schedule {schedule}")
     return torch.cumprod(1 - beta, 0)
 
 
@@ -512,7 +522,7 @@ def list_pictures(path):
             with zipfile.ZipFile(path) as z:
                 files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
         except (FileNotFoundError, zipfile.BadZipFile):
-            raise Stop(f"{path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
+            raise Stop(f"--data {path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
     files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not ("/" + f[0]).count("/.")
              and not f[0].startswith("__MACOSX")]
     parts = [f[0].split("/") for f in files]
@@ -791,7 +801,8 @@ def load_safetensors(path):
     except OSError as e:
         raise Stop(f"cannot read {path}: {e.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError, OverflowError) as e:
-        raise Stop(f"{path} is not a whole .safetensors file: {e}")
+        hint = "a ckpt.pt is for --resume, model.safetensors beside it for --ckpt" if str(path).endswith(".pt") else e
+        raise Stop(f"{path} is not a whole .safetensors file: {hint}")
 
 
 def read_model(path, script):
@@ -823,7 +834,8 @@ def load_checkpoint(path, script):
     except OSError as e:
         raise Stop(f"--resume {path}: {e.strerror or e}")
     except Exception as e:  # a damaged file can raise anything
-        raise Stop(f"--resume {path} is not a whole ckpt.pt: {type(e).__name__}")
+        hint = "it holds weights alone, take the ckpt.pt" if str(path).endswith(".safetensors") else type(e).__name__
+        raise Stop(f"--resume {path} is not a whole ckpt.pt: {hint}")
     if state["script"] != script:
         raise Stop(f"--resume {path} was made by {state['script']}, not by {script}")
     return state
@@ -1042,7 +1054,8 @@ def validate(model, data, args, alpha_bar, device, rank, world, amp):
             loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).cpu().double()
         total += torch.stack([torch.bincount(t.cpu() * 10 // T, w, 10) for w in (loss, torch.ones_like(loss))])
     total = sum_over_ranks(total.float().to(device)).cpu()
-    return (total[0].sum() / total[1].sum()).item(), (total[0] / total[1].clamp(min=1)).tolist()
+    bins = [loss / count if count else None for loss, count in zip(*total.tolist())]  # None: no picture fell into it
+    return (total[0].sum() / total[1].sum()).item(), bins
 
 
 def generate(model, args, alpha_bar, indices, device, y=None, cond=None, noise=None, on_step=None):
@@ -1130,13 +1143,15 @@ def train(args):
         state = load_checkpoint(args.resume, "ddpm_images.py")
         keep = {"given", "resume"} | args.given & set(FREE_ON_RESUME)
         adopt(args, state["args"], vars(args).keys() - keep, args.resume)
+        if "out" not in args.given:
+            args.out = str(Path(args.resume).parent)  # where it lies now: the folder may have been renamed
     device, rank, world = setup(args)  # the device, too, is the checkpoint's unless given
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
     data = shared_data(args, rank, world)
     if data.broken:
-        say(f"{len(data.broken)} pictures cannot be read and are left out: " + "; ".join(data.broken[:9]))
+        say(f"left out, because they cannot be read: {len(data.broken)}: " + "; ".join(data.broken[:9]))
     if state and state["key"] != data.key:
         raise Stop(f"--data {args.data} is not what {args.resume} was trained on: the pictures "
                    "or their dates have changed, or the code that reads them")
@@ -1236,7 +1251,8 @@ def train(args):
         if stop:
             if not evaluate:
                 save(step)
-            raise Stop(f"stopped at step {step}; go on with --resume {out / 'ckpt.pt'}", [*noted, 130][0])
+            raise Stop(f"stopped at step {step}; go on: python ddpm_images.py --resume {out / 'ckpt.pt'}",
+                       [*noted, 130][0])
         if last:
             break
 
@@ -1283,8 +1299,9 @@ def sample_only(args):
         pictures = np.stack(pictures)
     out = Path(args.out)
     (out / "generated").mkdir(parents=True, exist_ok=True)
-    for old in out.glob(f"generated/{'[0-9]' * 6}.png") if rank == 0 else ():
-        old.unlink()  # a larger earlier set must not mix with this one
+    earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png")) if rank == 0 else []
+    for old in earlier:  # a larger earlier set must not mix with this one
+        old.unlink()
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.array_split(np.arange(n), world)[rank]
     batches = [mine[k:k + 64] for k in range(0, len(mine), 64)]
@@ -1299,8 +1316,12 @@ def sample_only(args):
             save_grid(out / "generated.png", x, cond, x0)
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
-        print(f"{n} pictures in {out / 'generated'}, the first of them together in {out / 'generated.png'}; "
-              f"{args.sampler}, {args.sample_steps} steps, {time.time() - began:.0f} s on {device} x {world}")
+        how = f"{args.sampler}, {args.sample_steps} steps"
+        if args.class_cond:
+            how += f", --cfg_scale {args.cfg_scale}, in turn " + " ".join(classes)
+        print(f"{n}" + (f" of {args.sample}" if n < args.sample else "") + f" pictures in {out / 'generated'}"
+              + (f", in place of {len(earlier)} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
+              f"{how}; {time.time() - began:.0f} s on {device} x {world}")
 
 
 # -----------------------------------------------------------------------------
@@ -1324,7 +1345,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; a ckpt.pt saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; what was saved earlier is whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

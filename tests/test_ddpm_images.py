@@ -408,4 +408,4 @@ def test_smoke(run_script, tmp_path):
     """What a newcomer may try first: the whole path from the command line, in seconds."""
     done = run_script("ddpm_images.py", "--smoke", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "drawn_faces" in done.stdout and len(list(tmp_path.glob("out/ddpm_images/generated/*.png"))) == 4
+    assert "drawn_faces" in done.stdout and len(list(tmp_path.glob("out/smoke/generated/*.png"))) == 4

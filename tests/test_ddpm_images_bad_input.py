@@ -181,11 +181,9 @@ def save_gray_model(path):
 
 
 def the_sentence(err):
-    """The one sentence in what came on stderr; argparse may print its usage first."""
+    """The one sentence on stderr."""
     lines = [line for line in err.splitlines() if line.strip()]
-    assert lines and "Traceback" not in err, err
-    usage = lines[:-1]
-    assert not usage or usage[0].startswith("usage: ") and all(line.startswith(" ") for line in usage[1:]), err
+    assert len(lines) == 1, err
     assert lines[-1].startswith(f"{SCRIPT.name}: ") and len(lines[-1]) < 500, err
     return lines[-1]
 

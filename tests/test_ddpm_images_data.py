@@ -422,7 +422,7 @@ def test_four_percent_broken_are_left_out(path, capsys):
     if path == "photos":
         assert d.main([*TINY, "--data", path]) == 0
         out = capsys.readouterr().out
-        assert "2 pictures" in out and "ant/7.png" in out and "bee/30.png" in out
+        assert "read: 2: " in out and "ant/7.png" in out and "bee/30.png" in out
 
 
 @pytest.mark.parametrize("broken, kept, want", [(5, 45, "5 of"), (50, 0, "50 of"), (0, 15, "15"), (1, 15, "1 of")])
