@@ -95,7 +95,7 @@ def parse_args(argv=None):
                    help="what to learn")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
-    g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class: the sub-folder or species")
+    g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class, a sub-folder or species")
     g.add_argument("--condition", choices=list(CONDITION_CHANNELS), default="none",
                    help="translate pictures: enlarge, colour, edges to photo, fill a hole")
     g = p.add_argument_group("model")
