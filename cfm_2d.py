@@ -8,7 +8,8 @@
     python cfm_2d.py --from_ddpm out/ddpm_2d/model.safetensors --out out/bridge     # a DDPM is a flow, too
     python cfm_2d.py --resume out/cfm_2d/ckpt.pt --steps 40000
 
-Expected, first line: not measured yet.
+Expected, first line: 35 s on two cores of a shared AMD EPYC (torch 2.13.0), 22 of them training; of 2,048 samples the
+Chamfer distance 5.29 (of true points: 4.09), 2-Wasserstein 0.20 (0.21), energy 0.0042 (0.0025), nll 1.68 (1.66).
 Writes out/cfm_2d/: forward.png, reverse.gif, field.gif, density.png, training.gif, log.jsonl, ckpt.pt,
 model.safetensors; with --sample points.npy and points.png; with --from_ddpm bridge.png.
 
