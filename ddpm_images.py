@@ -967,6 +967,8 @@ def plot_loss(path, records):
         draw.text((8, place(x0, y)[1] - 6), f"{10 ** y:.4f}", "black")
     for curve, colour, width in zip(curves, ("#999999", "#1f5fbf"), (1, 3)):
         draw.line([place(x, y) for x, y in curve], colour, width)
+    for i, j in (place(x, y) for x, y in curves[1]):  # where it was measured
+        draw.ellipse([i - 5, j - 5, i + 5, j + 5], "#1f5fbf")
     draw.text((60, 370), f"step {x0}", "black")
     draw.text((560, 370), f"step {x1}", "black")
     draw.text((250, 8), "loss (gray), validation loss of the EMA weights (blue)", "black")
