@@ -364,7 +364,8 @@ def part_plane(args):
 
 
 class Moons:
-    """C2OT's points, which are torchcfm's: a strip one way of each moon, and Gaussians of variance sqrt(0.1)."""
+    """C2OT's points, which are torchcfm's: a strip one way of each moon, and Gaussians of variance sqrt(0.1). Each of its
+    batches is an even grid of the moons; here all points together are, so that a batch is a random draw."""
 
     def __init__(self, data, noise=None, device=None):
         self.data = data
