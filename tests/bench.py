@@ -364,8 +364,8 @@ def part_plane(args):
 
 
 class Moons:
-    """C2OT's points, which are torchcfm's: a strip one way of each moon, and Gaussians of variance sqrt(0.1). Each of its
-    batches is an even grid of the moons; here all points together are, so that a batch is a random draw."""
+    """C2OT's points, which are torchcfm's: a strip one way of each moon, and Gaussians of variance sqrt(0.1). Each of
+    its batches is an even grid of the moons; here all points together are, so that a batch is a random draw."""
 
     def __init__(self, data, noise=None, device=None):
         self.data = data
@@ -459,7 +459,8 @@ def part_flow(args):
     table(["", "steps", "adaptive, 4,000 points", "seconds"], rows)
     if "cfm_2d.py" in first:
         late = "" if "torchcfm" in first else "more than "  # then it did not get there at all
-        print(f"{goal} is reached {late}{first.get('torchcfm', seconds) / first['cfm_2d.py']:.1f} times sooner by cfm_2d.py")
+        ratio = first.get("torchcfm", seconds) / first["cfm_2d.py"]
+        print(f"{goal} is reached {late}{ratio:.1f} times sooner by cfm_2d.py")
 
 
 def main():
