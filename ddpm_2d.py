@@ -449,7 +449,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises for a device that is named right but is not there
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         raise Stop(f"--device {name} cannot be used on this machine: {str(e).splitlines()[0]}")
 
 
