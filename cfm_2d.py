@@ -8,8 +8,8 @@
     python cfm_2d.py --from_ddpm out/ddpm_2d/model.safetensors --out out/bridge     # a DDPM is a flow, too
     python cfm_2d.py --resume out/cfm_2d/ckpt.pt --steps 40000
 
-Expected, first line: 35 s on two cores of a shared AMD EPYC (torch 2.13.0), 22 of them training; of 2,048 samples the
-Chamfer distance 5.29 (of true points: 4.09), 2-Wasserstein 0.20 (0.21), energy 0.0042 (0.0025), nll 1.68 (1.66).
+Expected, first line: 34 s on two cores of a shared AMD EPYC (torch 2.13.0), 17 of them training; of 2,048 samples the
+Chamfer distance 5.29 (of true points: 4.02), 2-Wasserstein 0.20 (0.24), energy 0.0042 (0.0035), nll 1.68 (1.66).
 Writes out/cfm_2d/: forward.png, reverse.gif, field.gif, density.png, training.gif, log.jsonl, ckpt.pt,
 model.safetensors; with --sample points.npy and points.png; with --from_ddpm bridge.png.
 
@@ -122,6 +122,8 @@ def check(args, error):
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
     if sum(map(bool, (args.sample, args.oracle, args.from_ddpm))) > 1:
         error("--sample, --oracle and --from_ddpm exclude one another")
+    if args.resume and (args.oracle or args.from_ddpm) or args.sample and args.reflow:
+        error("--resume and --reflow train; --oracle, --from_ddpm and --sample do not")
     plain = args.source == "gaussian" and args.coupling == "independent" and not args.meanflow
     if (args.oracle or args.from_ddpm) and not plain:
         error("--oracle and --from_ddpm: known for independent gaussian noise only, and not for --meanflow")
@@ -395,7 +397,7 @@ class MLP(nn.Module):
 
 # -----------------------------------------------------------------------------
 # Data: a target is a shape, scaled to a standard deviation of 2, with Gaussian noise added. That makes it a mixture of
-# Gaussians, one around each of its points (4,096 stand for all): its density and score are known at every noise level.
+# Gaussians, one around each of its points (thousands stand for all): density and score are known at any noise level.
 
 
 def shape(data, u):
@@ -422,12 +424,13 @@ def shape(data, u):
         return np.stack([length * np.cos(r) - breadth * np.sin(r), length * np.sin(r) + breadth * np.cos(r)], 1)
     try:
         with Image.open(data) as im:
-            ink = 127.5 - np.asarray(im.convert("L"), float)
+            paper = Image.new("RGBA", im.size, "white")
+            ink = 127.5 - np.asarray(Image.alpha_composite(paper, im.convert("RGBA")).convert("L"), float)
     except OSError as e:
-        raise Stop(f"--data {data} is none of {', '.join(TARGETS)}, nor a picture: {e.strerror or 'cannot read it'}")
+        raise Stop(f"{data} is none of {', '.join(TARGETS)}, nor a picture: {e.strerror or 'cannot read it'}")
     y, x = np.nonzero(ink > 0)
     if not len(x):
-        raise Stop(f"--data {data} has no dark pixel")
+        raise Stop(f"{data} has no dark pixel")
     total = np.cumsum(ink[y, x])
     i = np.searchsorted(total, a * total[-1], side="right")
     return np.stack([x[i] + b, -y[i] - a * total[-1] % 1], 1)
@@ -436,8 +439,10 @@ def shape(data, u):
 class Target:
     """points(rng, n) of a distribution in the plane, and its true score and density at every noise level."""
 
-    def __init__(self, data, noise, device, n=4096):
+    def __init__(self, data, noise, device, n=None):
         self.data, self.noise, golden = data, noise, 1.3247179572447460
+        lines = ("swiss_roll", "moons", "8gaussians", "circles")
+        n = n or (4096 if data in lines else 16_384)  # an area needs more of them
         u = (np.arange(n)[:, None] / np.array([golden, golden ** 2]) + 0.5) % 1  # an even net: Roberts' R2 sequence
         net = shape(data, u)
         self.middle = net.mean(0)
@@ -583,7 +588,7 @@ def float64_device(name):
     return device
 
 
-INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number that mix takes: one stream for each purpose
+INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number of every seed: one stream for each purpose
 
 
 def mix(*numbers):
@@ -755,10 +760,10 @@ FREE_ON_RESUME = "steps lr out device sampler sample_steps tol".split()
 POOL, N = 2 ** 16, 2048  # points to train on; points in measures and pictures
 
 
-def draw(model, source, n, args, device, seed=None, **other):
+def draw(model, source, n, args, device, **other):
     """n samples (n, 2) and NFE; `other` overrides sampler, steps or tol. A function of (seed, index) alone, except with
     dopri5, whose steps depend on all points."""
-    x1 = source.points(np.random.default_rng((IMAGE, args.seed if seed is None else seed)), n)
+    x1 = source.points(np.random.default_rng((IMAGE, args.seed)), n)
     how = dict(sampler=args.sampler, steps=args.sample_steps, tol=args.tol, meanflow=args.meanflow) | other
     return sample(model, torch.from_numpy(x1).to(device), **how)
 
@@ -810,24 +815,30 @@ def load_model(path, args, device, also=()):
 def report(model, target, source, args, device, true=None):
     """Prints the measures of a finished model, each beside its floor -> them, for the log."""
     rng = np.random.default_rng((BATCH, args.seed, 1))
-    test, fresh = target.points(rng, N), target.points(rng, N)
+    test = target.points(rng, N)
     x, nfe = draw(model, source, N, args, device)
-    result, floor = measures(x.cpu().numpy(), test), measures(fresh, test)
+    result, floor = measures(x.cpu().numpy(), test), {}
+    fresh = [measures(target.points(rng, N), test) for _ in range(5)]
+    for k in result:
+        values = [m[k] for m in fresh]
+        floor[k] = [np.mean(values), np.std(values)]
     if args.noise > 0 and not args.oracle:  # without noise the data has no density
         at = torch.from_numpy(test).to(device)
         result["nll"] = -log_likelihood(model, at, source).mean().item()
-        floor["nll"] = -target.mixture(at, 1.0)[0].mean().item()
-    print(f"{'':12}{'samples':>12}{'floor':>12}   ({N} points, NFE {nfe}; the floor is another {N} true ones)")
+        floor["nll"] = [-target.mixture(at, 1.0)[0].mean().item(), 0.0]
+    print(f"{'':12}{'samples':>12}{'floor':>12}   ({N} points, NFE {nfe}; the floor: 5 times {N} true ones)")
     for k in result:
-        print(f"{k:12}{result[k]:12.4f}{floor[k]:12.4f}")
+        print(f"{k:12}{result[k]:12.4f}{floor[k][0]:12.4f} +- {floor[k][1]:.4f}")
 
     few = {}
-    for sampler, steps in [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 16), ("euler", 64), ("midpoint", 2),
-                           ("midpoint", 8), ("heun", 8), ("rk4", 4), ("rk4", 16), ("dopri5", 1)]:
+    for sampler, steps in [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 16), ("euler", 64), ("midpoint", 8),
+                           ("heun", 8), ("rk4", 4), ("rk4", 16), ("dopri5", 1)]:
         if sampler == "euler" or not args.meanflow:
             x, nfe = draw(model, source, N, args, device, sampler=sampler, steps=steps)
-            few[f"{sampler} {nfe}"] = energy(x.cpu().numpy(), test)
-    print("energy distance by sampler and NFE: " + "  ".join(f"{k}: {v:.4f}" for k, v in few.items()))
+            x = x.cpu().numpy()
+            few[f"{sampler} {nfe}"] = [chamfer(x, test), energy(x, test)]
+    for i, name in enumerate(("chamfer", "energy")):
+        print(f"{name} by sampler and NFE: " + "  ".join(f"{k}: {v[i]:.{4 if i else 1}f}" for k, v in few.items()))
     result = dict(measures=result, floor=floor, by_nfe=few)
 
     # straightness: S of 2209.03003 eq. 5; path energy: NPE of 2302.00482, against the samples of the model itself
@@ -850,7 +861,7 @@ def report(model, target, source, args, device, true=None):
                 v = true(xt, at)
                 errors[t] = ((model(xt, at) - v).square().sum() / v.square().sum()).item()
         result["velocity_error"] = errors
-        print("error of the velocity, relative, by t: " + "  ".join(f"{t}: {e:.1e}" for t, e in errors.items()))
+        print("squared error of the velocity, relative, by t: " + "  ".join(f"{t}: {e:.1e}" for t, e in errors.items()))
     return result
 
 
@@ -865,7 +876,8 @@ def show(out, model, target, source, args, device, pairs, snapshots, true=None):
     track = []
     def note(t, x, v):
         track.append((t, x.cpu().numpy(), (x - t * v).cpu().numpy()))
-    x, _ = draw(model, source, N, args, device, sampler="midpoint", steps=40, on_step=note)
+    steps = args.sample_steps if args.meanflow else 40
+    x, _ = draw(model, source, N, args, device, sampler="midpoint", steps=steps, on_step=note)
     note(0.0, x, x)
     colours, frames = wheel(track[-1][1]), []
     for i, (t, x, guessed) in enumerate(track):
@@ -875,14 +887,14 @@ def show(out, model, target, source, args, device, pairs, snapshots, true=None):
     save_gif(out / "reverse.gif", frames, 100)
 
     at, frames = torch.from_numpy(grid(20)).to(device), []
-    for i in range(0, len(track) - 1, 2):
-        t, xt, pair = torch.full((len(at),), track[i][0], device=device), track[i][1], []
+    for s in np.linspace(1, 0.05, 20):
+        t, xt, pair = torch.full((len(at),), s, dtype=torch.float32, device=device), between(s), []
         for title, velocity in (("true velocity", true), ("learnt velocity", None if args.oracle else model)):
             if velocity:
                 with torch.no_grad():
                     v = -velocity(at, t)                              # as they move when sampling, towards t = 0
                 tip = at + 0.45 * v / (1 + v.norm(dim=1, keepdim=True))
-                pair.append(panel(xt, np.full((N, 3), 190, np.uint8), f"{title}, t = {track[i][0]:.2f}",
+                pair.append(panel(xt, np.full((N, 3), 190, np.uint8), f"{title}, t = {s:.2f}",
                                   arrows=[(at.cpu(), tip.cpu(), (30, 80, 190))]))
         frames.append(np.concatenate(pair, 1))
     save_gif(out / "field.gif", frames, 100)
@@ -894,9 +906,29 @@ def show(out, model, target, source, args, device, pairs, snapshots, true=None):
             p.append(("learnt density", log_likelihood(model, at, source, 50)))
         save_png(out / "density.png", np.concatenate(
             [panel(under=heat(log_p.exp().cpu().numpy().reshape(96, 96)), title=title) for title, log_p in p], 1))
-    if snapshots:
+    if snapshots and (snapshots[0][0] == 0 or not (out / "training.gif").exists()):  # of the whole run, if there is one
         colours = wheel(snapshots[-1][1])
         save_gif(out / "training.gif", [panel(x, colours, f"step {step}") for step, x in snapshots], 250)
+
+
+def begin_log(out, start, resumed):
+    """Make the folder fit to go on from step `start` -> the log so far. A new run keeps the weights of an old one."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("ckpt.pt", "model.safetensors", "log.jsonl"):
+        if not resumed and (out / name).exists():
+            os.replace(out / name, out / f"{name}.old")
+            print(f"{out / name} of an earlier run is now {name}.old", flush=True)
+    for part in out.glob("*.part"):  # of a run that was killed while it wrote
+        part.unlink()
+    for grid in out.glob("samples/*.png"):
+        if grid.stem.isdecimal() and (not resumed or int(grid.stem) > start):
+            grid.unlink()
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if resumed and log.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk can leave half a line
+    records = [r for r in records if r["step"] <= start]
+    log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return records
 
 
 def train(args):
@@ -949,7 +981,9 @@ def train(args):
             format="pt", script="cfm_2d.py", kind="mlp", args=json.dumps(settings),
             data=json.dumps(dict(name=args.data, step=step))))
 
-    log = open(out / "log.jsonl", "a" if state else "w", buffering=1)
+    own_folder = state is not None and Path(args.resume).resolve().parent == out.resolve()
+    begin_log(out, start, resumed=own_folder)
+    log = open(out / "log.jsonl", "a", buffering=1)
     noted, loss_sum, seen, clock, snapshots = note_signals(), torch.zeros((), device=device), 0, time.time(), []
     log_every = max(1, args.steps // 20)
     shots = {round(args.steps * (i / 24) ** 2) for i in range(25)}  # for training.gif, most of them early
@@ -1035,10 +1069,10 @@ def from_ddpm(args):
     flow_end, _ = sample(model, x1 / scale(alpha_bar[-1].item()), "euler", times,
                          on_step=lambda t, x, v: ways[1].append(x))
     gap = (flow_end * scale(alpha_bar[0].item()) - end).abs().max()
-    end = end.numpy()
     save_png(out / "bridge.png", np.concatenate(
-        [panel(end, wheel(end), title, [x[::8] for x in way]) for title, way in zip(
-            ("DDIM, in the coordinates of diffusion", "Euler, in the coordinates of flow matching"), ways)], 1))
+        [panel(x.numpy(), wheel(x.numpy()), title, [x[::8] for x in [*way, x]]) for title, way, x in zip(
+            ("DDIM, in the coordinates of diffusion", "Euler, in the coordinates of flow matching"), ways,
+            (end, flow_end))], 1))
     print(f"DDIM and Euler over the same {len(levels)} levels: largest difference of a coordinate {gap:.1e}; see {out}")
 
 
@@ -1078,6 +1112,10 @@ def main(argv=None):
         sentence, code = "stopped at once; what was saved earlier is whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
+    except (MemoryError, RuntimeError) as e:  # CUDA, the CPU and NumPy each have their own
+        if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
+            raise
+        sentence, code = "out of memory: lower --batch_size, --width or --sample", 1
     print(f"cfm_2d.py: {sentence}", file=sys.stderr)
     return code
 

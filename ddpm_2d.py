@@ -7,8 +7,8 @@
     python ddpm_2d.py --sample 2048 --ckpt out/ddpm_2d/model.safetensors --sampler heun --sample_steps 20
     python ddpm_2d.py --resume out/ddpm_2d/ckpt.pt --steps 40000
 
-Expected, first line: 34 s on two cores of a shared AMD EPYC (torch 2.13.0), 23 of them training; of 2,048 samples the
-Chamfer distance 4.05 (of true points: 4.09), 2-Wasserstein 0.17 (0.21), energy 0.0026 (0.0025), nll 1.68 (1.66).
+Expected, first line: 30 s on two cores of a shared AMD EPYC (torch 2.13.0), 19 of them training; of 2,048 samples the
+Chamfer distance 4.05 (of true points: 4.02), 2-Wasserstein 0.17 (0.24), energy 0.0026 (0.0035), nll 1.68 (1.66).
 Writes out/ddpm_2d/: forward.png, reverse.gif, field.gif, density.png, training.gif, log.jsonl, ckpt.pt,
 model.safetensors; with --sample points.npy and points.png.
 
@@ -91,10 +91,8 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, mps")
     args = p.parse_args(argv)
-    check(args, p.error)
-    if args.eta > 0 and args.sampler != "ddim":  # not in check: an eta of the checkpoint may meet another sampler
-        p.error("--eta is for --sampler ddim; ddpm is ddim with eta 1")
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
+    check(args, p.error)
     return args
 
 
@@ -113,9 +111,17 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
+    if args.oracle and (args.sample or args.resume):
+        error("--oracle needs no model: leave out --sample and --resume")
     for name, choices in (("schedule", SCHEDULES), ("pred", PREDICTIONS), ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")
+
+
+def check_eta(args):
+    """Raises Stop for an --eta without a use. Not in check: the eta of a checkpoint may meet another sampler."""
+    if "eta" in args.given and args.sampler != "ddim":
+        raise Stop("--eta is for --sampler ddim; ddpm is ddim with eta 1")
 
 
 # -----------------------------------------------------------------------------
@@ -197,7 +203,7 @@ def sample(model, noise, alpha_bar, pred, sampler, steps, eta=0.0, on_step=None)
         if sampler == "langevin":                        # walk uphill and jitter, at this level: NCSN algorithm 1
             for _ in range(LANGEVIN):
                 x0, eps = guess(model, xt, t, alpha_bar, pred)
-                step = 0.1 * (1 - ab_t)                  # and score = -eps / sqrt(1 - ab)
+                step = 0.1 * (1 - ab_t)                  # in shares of the variance; score = -eps / sqrt(1 - ab)
                 xt = xt - step / (1 - ab_t) ** 0.5 * eps + (2 * step) ** 0.5 * next(noise)
         x0, eps = guess(model, xt, t, alpha_bar, pred)
         if on_step:
@@ -283,7 +289,7 @@ class MLP(nn.Module):
 
 # -----------------------------------------------------------------------------
 # Data: a target is a shape, scaled to a standard deviation of 2, with Gaussian noise added. That makes it a mixture of
-# Gaussians, one around each of its points (4,096 stand for all): its density and score are known at every noise level.
+# Gaussians, one around each of its points (thousands stand for all): density and score are known at any noise level.
 
 
 def shape(data, u):
@@ -310,12 +316,13 @@ def shape(data, u):
         return np.stack([length * np.cos(r) - breadth * np.sin(r), length * np.sin(r) + breadth * np.cos(r)], 1)
     try:
         with Image.open(data) as im:
-            ink = 127.5 - np.asarray(im.convert("L"), float)
+            paper = Image.new("RGBA", im.size, "white")
+            ink = 127.5 - np.asarray(Image.alpha_composite(paper, im.convert("RGBA")).convert("L"), float)
     except OSError as e:
-        raise Stop(f"--data {data} is none of {', '.join(TARGETS)}, nor a picture: {e.strerror or 'cannot read it'}")
+        raise Stop(f"{data} is none of {', '.join(TARGETS)}, nor a picture: {e.strerror or 'cannot read it'}")
     y, x = np.nonzero(ink > 0)
     if not len(x):
-        raise Stop(f"--data {data} has no dark pixel")
+        raise Stop(f"{data} has no dark pixel")
     total = np.cumsum(ink[y, x])
     i = np.searchsorted(total, a * total[-1], side="right")
     return np.stack([x[i] + b, -y[i] - a * total[-1] % 1], 1)
@@ -324,8 +331,10 @@ def shape(data, u):
 class Target:
     """points(rng, n) of a distribution in the plane, and its true score and density at every noise level."""
 
-    def __init__(self, data, noise, device, n=4096):
+    def __init__(self, data, noise, device, n=None):
         self.data, self.noise, golden = data, noise, 1.3247179572447460
+        lines = ("swiss_roll", "moons", "8gaussians", "circles")
+        n = n or (4096 if data in lines else 16_384)  # an area needs more of them
         u = (np.arange(n)[:, None] / np.array([golden, golden ** 2]) + 0.5) % 1  # an even net: Roberts' R2 sequence
         net = shape(data, u)
         self.middle = net.mean(0)
@@ -461,7 +470,7 @@ def float64_device(name):
     return device
 
 
-INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number that mix takes: one stream for each purpose
+INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number of every seed: one stream for each purpose
 
 
 def mix(*numbers):
@@ -628,7 +637,7 @@ def adopt(args, saved, keys, path):
 # -----------------------------------------------------------------------------
 # Training, and what is measured and shown of a model.
 
-ARCHITECTURE = "width depth features pred schedule".split()
+ARCHITECTURE = "width depth features pred schedule data".split()
 FREE_ON_RESUME = "steps lr out device sampler sample_steps eta".split()
 POOL, N = 2 ** 16, 2048  # points to train on; points in measures and pictures
 
@@ -664,18 +673,22 @@ def score_error(model, pred, target, alpha_bar, n=N):
 def report(model, pred, target, args, alpha_bar):
     """Prints the measures of a finished model, each beside its floor -> them, for the log."""
     device, rng = alpha_bar.device, np.random.default_rng((BATCH, args.seed, 1))
-    test, fresh = target.points(rng, N), target.points(rng, N)
+    test = target.points(rng, N)
     x = draw(model, pred, N, args, alpha_bar)
-    result, floor = measures(x.cpu().numpy(), test), measures(fresh, test)
+    result, floor = measures(x.cpu().numpy(), test), {}
+    fresh = [measures(target.points(rng, N), test) for _ in range(5)]
+    for k in result:
+        values = [m[k] for m in fresh]
+        floor[k] = [np.mean(values), np.std(values)]
     if not args.oracle:  # it would take minutes to find what the floor is anyway
         at = torch.from_numpy(test).to(device)
         result["nll"] = -log_likelihood(model, at, alpha_bar, pred).mean().item()
-        floor["nll"] = -target.mixture(at, alpha_bar[0].item())[0].mean().item()
-    print(f"{'':12}{'samples':>12}{'floor':>12}   ({N} points; the floor is another {N} true ones)")
+        floor["nll"] = [-target.mixture(at, alpha_bar[0].item())[0].mean().item(), 0.0]
+    print(f"{'':12}{'samples':>12}{'floor':>12}   ({N} points; the floor: 5 times {N} true ones)")
     for k in result:
-        print(f"{k:12}{result[k]:12.4f}{floor[k]:12.4f}")
+        print(f"{k:12}{result[k]:12.4f}{floor[k][0]:12.4f} +- {floor[k][1]:.4f}")
     errors = score_error(model, pred, target, alpha_bar)
-    print("error of the score, relative, by t: " + "  ".join(f"{t}: {e:.1e}" for t, e in errors.items()))
+    print("squared error of the score, relative, by t: " + "  ".join(f"{t}: {e:.1e}" for t, e in errors.items()))
     return dict(measures=result, floor=floor, score_error=errors)
 
 
@@ -691,8 +704,8 @@ def show(out, model, pred, target, args, alpha_bar, snapshots):
     def note(t, xt, x0):
         path.append((t, xt.cpu().numpy(), x0.cpu().numpy()))
     note(-1, x := draw(model, pred, N, args, alpha_bar, on_step=note), x)
-    colours, k, frames = wheel(path[-1][1]), -(-len(path) // 40), []
-    for i in range((len(path) - 1) % k, len(path), k):
+    colours, frames = wheel(path[-1][1]), []
+    for i in np.linspace(0, len(path) - 1, min(len(path), 40)).round().astype(int):
         t, xt, guessed = path[i]
         tails = [p[1][::16] for p in path[max(0, i - 30):i + 1]]
         pair = (panel(xt, colours, "clean" if t < 0 else f"t = {t}: points", tails),
@@ -719,9 +732,29 @@ def show(out, model, pred, target, args, alpha_bar, snapshots):
         p.append(("learnt density", log_likelihood(model, at, alpha_bar, pred, 50)))
     save_png(out / "density.png", np.concatenate(
         [panel(under=heat(log_p.exp().cpu().numpy().reshape(96, 96)), title=title) for title, log_p in p], 1))
-    if snapshots:
+    if snapshots and (snapshots[0][0] == 0 or not (out / "training.gif").exists()):  # of the whole run, if there is one
         colours = wheel(snapshots[-1][1])
         save_gif(out / "training.gif", [panel(x, colours, f"step {step}") for step, x in snapshots], 250)
+
+
+def begin_log(out, start, resumed):
+    """Make the folder fit to go on from step `start` -> the log so far. A new run keeps the weights of an old one."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("ckpt.pt", "model.safetensors", "log.jsonl"):
+        if not resumed and (out / name).exists():
+            os.replace(out / name, out / f"{name}.old")
+            print(f"{out / name} of an earlier run is now {name}.old", flush=True)
+    for part in out.glob("*.part"):  # of a run that was killed while it wrote
+        part.unlink()
+    for grid in out.glob("samples/*.png"):
+        if grid.stem.isdecimal() and (not resumed or int(grid.stem) > start):
+            grid.unlink()
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if resumed and log.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk can leave half a line
+    records = [r for r in records if r["step"] <= start]
+    log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return records
 
 
 def train(args):
@@ -733,6 +766,7 @@ def train(args):
         adopt(args, state["args"], vars(args).keys() - keep, args.resume)
         if "out" not in args.given:
             args.out = str(Path(args.resume).parent)  # where it lies now: the folder may have been renamed
+    check_eta(args)
     device, out = float64_device(args.device), Path(args.out)
     target, alpha_bar = Target(args.data, args.noise, device), make_alpha_bar(args.schedule).to(device)
     out.mkdir(parents=True, exist_ok=True)
@@ -769,7 +803,9 @@ def train(args):
             format="pt", script="ddpm_2d.py", kind="mlp", args=json.dumps(settings),
             data=json.dumps(dict(name=args.data, step=step))))
 
-    log = open(out / "log.jsonl", "a" if state else "w", buffering=1)
+    own_folder = state is not None and Path(args.resume).resolve().parent == out.resolve()
+    begin_log(out, start, resumed=own_folder)
+    log = open(out / "log.jsonl", "a", buffering=1)
     noted, loss_sum, seen, clock, snapshots = note_signals(), torch.zeros((), device=device), 0, time.time(), []
     log_every = max(1, args.steps // 20)
     shots = {round(args.steps * (i / 24) ** 2) for i in range(25)}  # for training.gif, most of them early
@@ -827,6 +863,7 @@ def sample_only(args):
     device, out = float64_device(args.device), Path(args.out)
     tensors, saved, _ = read_model(args.ckpt, "ddpm_2d.py")
     adopt(args, saved, ARCHITECTURE + sorted({"sampler", "sample_steps", "eta"} - args.given), args.ckpt)
+    check_eta(args)
     model = MLP(args.width, args.depth, args.features).to(device).requires_grad_(False)
     load_weights(model, tensors, args.ckpt)
     x = draw(model, args.pred, args.sample, args, make_alpha_bar(args.schedule).to(device)).cpu().numpy()
@@ -858,6 +895,10 @@ def main(argv=None):
         sentence, code = "stopped at once; what was saved earlier is whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
+    except (MemoryError, RuntimeError) as e:  # CUDA, the CPU and NumPy each have their own
+        if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
+            raise
+        sentence, code = "out of memory: lower --batch_size, --width or --sample", 1
     print(f"ddpm_2d.py: {sentence}", file=sys.stderr)
     return code
 

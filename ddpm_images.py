@@ -138,10 +138,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if all(m.isdecimal() for m in args.mults.split(",")):
         args.mults = [int(m) for m in args.mults.split(",")]
-    check(args, p.error)
-    if args.eta > 0 and args.sampler != "ddim":  # not in check: an eta of the checkpoint may meet another sampler
-        p.error("--eta is for --sampler ddim; ddpm is ddim with eta 1")
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
+    check(args, p.error)
     return args
 
 
@@ -173,6 +171,12 @@ def check(args, error):
                           ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")
+
+
+def check_eta(args):
+    """Raises Stop for an --eta without a use. Not in check: the eta of a checkpoint may meet another sampler."""
+    if "eta" in args.given and args.sampler != "ddim":
+        raise Stop("--eta is for --sampler ddim; ddpm is ddim with eta 1")
 
 
 # -----------------------------------------------------------------------------
@@ -340,6 +344,13 @@ class ResBlock(nn.Module):
         return self.attn(self.skip(x) + self.conv2(self.dropout(h)))             # (B, c_out, H, W)
 
 
+def waves(t, width):
+    """Sinusoidal features of times t (B,) in 0..T-1, (B, width), 1706.03762 section 3.5."""
+    freq = torch.exp(-math.log(10_000) / (width // 2) * torch.arange(width // 2, device=t.device))
+    angle = t[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
 class UNet(nn.Module):
     """(xt, t, y, cond) -> out. xt (B, 3, H, W), t (B,) in 0..T-1, y (B,) labels, cond (B, c_cond, H, W).
 
@@ -381,14 +392,17 @@ class UNet(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
+    def embed(self, t, y):                                                       # (B,), (B,) or None
+        emb = self.time(waves(t, self.width).to(self.time[0].weight.dtype))      # (B, D)
+        if self.label is None:
+            return emb
+        return emb + self.label(torch.full(t.shape, self.y_null, device=t.device) if y is None else y)
+
     def forward(self, xt, t, y=None, cond=None):                                 # (B, 3, H, W), (B,)
-        freq = torch.exp(-math.log(10_000) / (self.width // 2) * torch.arange(self.width // 2, device=xt.device))
-        angle = t[:, None] * freq                                                # (B, width / 2)
-        emb = self.time(torch.cat([angle.cos(), angle.sin()], 1).to(xt.dtype))   # (B, D)
-        if self.label is not None:
-            emb = emb + self.label(torch.full_like(t, self.y_null) if y is None else y)
-        emb = F.silu(emb)
-        thin = self.thin_in(xt if cond is None else torch.cat([xt, cond], 1))    # (B, c_thin, H, W)
+        return self.body(xt if cond is None else torch.cat([xt, cond], 1), F.silu(self.embed(t, y)))
+
+    def body(self, x, emb):                                                      # (B, 3 + c_cond, H, W), (B, D)
+        thin = self.thin_in(x)                                                   # (B, c_thin, H, W)
         h = self.conv_in(F.pixel_unshuffle(thin, self.patch))                    # (B, width, H / patch, W / patch)
         skips = []
         for layer in self.down:
@@ -618,13 +632,13 @@ def open_data(cache):
     return data
 
 
-def shared_data(args, rank, world):
-    """open_data of what the first rank of each node prepares. When one of them fails, all ranks raise its Stop."""
+def shared_data(prepare, rank, world):
+    """open_data of what prepare() makes on the first rank of each node. When one fails, all ranks raise its Stop."""
     result = None
     for turn in (True, False):  # rank 0 alone at first: where nodes share a disk, the others find its work done
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (rank == 0) == turn:
             try:
-                result = prepare_data(args.data, args.size, 256 if args.smoke else DRAWN_FACES)
+                result = prepare()
             except (Stop, OSError) as e:
                 result = e
         results = [result] * world
@@ -634,7 +648,7 @@ def shared_data(args, rank, world):
         if isinstance(result, Exception):
             raise result
     if len(set(results) - {None}) > 1:
-        raise Stop(f"--data {args.data} is not the same on all nodes")
+        raise Stop("the pictures are not the same on all nodes")
     return open_data(results[0])
 
 
@@ -710,7 +724,7 @@ def pick_dtype(name, device):
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number that mix takes: one stream for each purpose
+INIT, BATCH, NOISE, DROPOUT, IMAGE = range(1, 6)  # the first number of every seed: one stream for each purpose
 
 
 def mix(*numbers):
@@ -1147,11 +1161,13 @@ def train(args):
         adopt(args, state["args"], vars(args).keys() - keep, args.resume)
         if "out" not in args.given:
             args.out = str(Path(args.resume).parent)  # where it lies now: the folder may have been renamed
+    check_eta(args)
     device, rank, world = setup(args)  # the device, too, is the checkpoint's unless given
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
-    data = shared_data(args, rank, world)
+    prepare = functools.partial(prepare_data, args.data, args.size, 256 if args.smoke else DRAWN_FACES)
+    data = shared_data(prepare, rank, world)
     if data.broken:
         say(f"left out, because they cannot be read: {len(data.broken)}: " + "; ".join(data.broken[:9]))
     if state and state["key"] != data.key:
@@ -1282,6 +1298,7 @@ def sample_only(args):
     tensors, saved, data = read_model(args.ckpt, "ddpm_images.py")
     sampling = {"sampler", "sample_steps", "eta", "cfg_scale"}  # as in training, unless given
     adopt(args, saved, ARCHITECTURE + sorted(sampling - args.given), args.ckpt)
+    check_eta(args)
     classes = data.get("classes") if isinstance(data, dict) else None
     if not isinstance(classes, list) or args.class_cond and len(classes) < 2:
         raise Stop(f"{args.ckpt} does not say what its classes were; has it been edited?")

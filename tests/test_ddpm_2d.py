@@ -251,6 +251,8 @@ def test_resume_is_exact(quick, no_pictures, monkeypatch):
     for out in ("cut", "half"):
         assert weights(f"{out}/ckpt.pt")[0] == step == 6
         assert [k for k, v in weights(f"{out}/ckpt.pt")[1].items() if not torch.equal(v, whole[k])] == []
+        a, b = (d.load_safetensors(f"{o}/model.safetensors")[0] for o in ("whole", out))  # the EMA, as it was
+        assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
 @pytest.mark.parametrize("pred", d.PREDICTIONS)
@@ -288,6 +290,11 @@ def test_the_whole_path(run_script, tmp_path):
     assert many.shape == (50, 2) and many.dtype == np.float32
 
 
+def test_eta_for_a_model_of_ddim(quick, no_pictures):
+    assert run(*TINY, "--sampler", "ddim", "--steps", 1) == 0
+    assert run("--sample", 5, "--ckpt", "out/ddpm_2d/model.safetensors", "--eta", 0.5) == 0
+
+
 def test_oracle(quick, capsys):
     assert run("--data", "circles", "--oracle", "--sample_steps", "20") == 0
     assert "floor" in capsys.readouterr().out and os.path.exists("out/ddpm_2d/reverse.gif")
@@ -310,6 +317,9 @@ def test_wrong_input(quick, no_pictures, capsys, monkeypatch):
         "--resume nowhere.pt": "nowhere.pt", "--resume text.txt": "text.txt", "--resume other.pt": "cfm_2d.py",
         "--resume ok/ckpt.pt --width 32": "--width 32 16", "--sample 5 --ckpt text.txt": "text.txt",
         "--sample 5 --ckpt ok/model.safetensors --pred eps": "--pred eps v", "--eta 0.5": "--eta ddim",
+        "--sample 5 --ckpt ok/model.safetensors --data circles": "--data circles",
+        "--sample 5 --ckpt ok/model.safetensors --eta 0.5": "--eta ddim", "--resume ok/ckpt.pt --eta 0.5": "--eta ddim",
+        "--oracle --resume ok/ckpt.pt": "--oracle", "--oracle --sample 5 --ckpt ok/model.safetensors": "--oracle",
         "--sample 5 --ckpt ok/model.safetensors --resume ok/ckpt.pt": "--resume",
         "--resume ok/ckpt.pt --steps 0": "--steps", "--device gpu": "--device gpu",
     }
@@ -323,6 +333,44 @@ def test_wrong_input(quick, no_pictures, capsys, monkeypatch):
         patch.setenv("RANK", "0")
         assert run(*TINY) == 2 and "torchrun" in capsys.readouterr().err
     assert run(*TINY, "--lr", "1e9", "--steps", "500") == 1 and "--lr" in capsys.readouterr().err
+
+
+def test_too_much_memory_is_a_sentence(quick, no_pictures, capsys, monkeypatch):
+    monkeypatch.setattr(d, "update_ema", lambda *args: torch.empty(1 << 60))
+    assert run(*TINY) == 1
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("ddpm_2d.py: out of memory") and "\n" not in err
+    monkeypatch.setattr(d, "update_ema", lambda *args: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):  # an error of another kind is not taken for that
+        run(*TINY)
+
+
+def test_a_new_run_keeps_the_old_model(quick, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(d, "show", lambda *args: drawn.append(1))
+    assert run(*TINY, "--steps", 1) == 0
+    before = open("out/ddpm_2d/model.safetensors", "rb").read()
+    assert run(*TINY, "--steps", 2) == 0 and "is now model.safetensors.old" in capsys.readouterr().out
+    assert open("out/ddpm_2d/model.safetensors.old", "rb").read() == before
+    log = [json.loads(line)["step"] for line in open("out/ddpm_2d/log.jsonl")]
+    assert run("--resume", "out/ddpm_2d/ckpt.pt", "--steps", 4) == 0 and ".old" not in capsys.readouterr().out
+    resumed = [json.loads(line)["step"] for line in open("out/ddpm_2d/log.jsonl")]
+    assert resumed[:len(log)] == log and resumed == sorted(resumed) and len(resumed) > len(log)
+
+
+def test_training_gif_shows_a_whole_run(quick):
+    assert run(*TINY, "--steps", 9) == 0
+    whole = Image.open("out/ddpm_2d/training.gif").n_frames
+    assert run("--resume", "out/ddpm_2d/ckpt.pt", "--steps", 10) == 0
+    assert Image.open("out/ddpm_2d/training.gif").n_frames == whole > 3
+
+
+def test_a_drawing_on_a_transparent_sheet():
+    drawing = np.zeros((40, 40, 4), np.uint8)
+    drawing[10:14, 5:35, 3] = 255  # one black stroke
+    Image.fromarray(drawing).save("stroke.png")
+    x = d.Target("stroke.png", 0.0, "cpu").points(np.random.default_rng(0), 500)
+    assert x[:, 0].std() > 5 * x[:, 1].std()
 
 
 def test_two_files_mixed_up_and_a_folder_renamed(quick, no_pictures, capsys):

@@ -43,6 +43,21 @@ ALLOWED_TO_DIFFER = {
     "show": "the score or the velocity; noise or a coupling",
     "ARCHITECTURE": "the flags that a checkpoint decides",
     "FREE_ON_RESUME": "the flags that may change on --resume",
+    "PRESETS": "a diffusion and a flow have other knobs",
+    "path": "in the plane a Brownian bridge as well",
+    "meanflow_loss_fn": "on images only where r < t, in fp32, and with labels",
+    "DDPMFlow": "on images with labels, and clipped as ddpm_images.py clips",
+    "COUPLINGS": "Sinkhorn's only in the plane",
+    "couple": "OT or Sinkhorn in the plane; OT within each class on images",
+    "guided": "a flow is guided in an interval of t",
+    "build_model": "a flow's network gives a velocity, and takes no condition",
+    "train_batch": "times and couplings of a flow; boxes of a translation",
+    "train_step": "the loss of a diffusion or a flow",
+    "validate": "levels in 0..T-1 or times in [0, 1]",
+    "generate": "a diffusion's sampler, or a flow's solver that counts its calls",
+    "draw_pictures": "a flow shows inversions and its solvers",
+    "make_pairs": "couplings in the plane, reflow on images",
+    "load_model": "points or pictures",
 }
 
 
