@@ -78,7 +78,7 @@ def parse_args(argv=None):
     g.add_argument("--sigma", type=float, default=0.5, help="std of sinkhorn's Brownian bridges")
     g.add_argument("--reflow", metavar="FILE", help="straighten this model.safetensors: learn the pairs it makes")
     g.add_argument("--meanflow", action=flag, default=False, help="learn mean velocities, to sample in 1 to 4 steps")
-    g.add_argument("--from_ddpm", metavar="FILE", help="train nothing, use this model.safetensors of ddpm_2d.py")
+    g.add_argument("--from_ddpm", metavar="FILE", help="train nothing, use this model.safetensors of a DDPM")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
     g.add_argument("--batch_size", type=int, default=512, help="training examples per step, on all devices together")

@@ -121,7 +121,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
-    g.add_argument("--input", metavar="FOLDER", help="with --sample: the pictures to translate")
+    g.add_argument("--input", metavar="FOLDER", help="with --sample: the pictures to start from")
     g.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="how noise becomes data")
     g.add_argument("--sample_steps", type=int, help="steps from noise to data")
     g.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds back: 0 = none, 1 = as much as ddpm")

@@ -3,9 +3,10 @@
     make bench                           # all parts; judges out/ddpm_images/model.safetensors when that exists
     python tests/bench.py --parts plane  # ddpm_2d.py in the protocol of a course that many have taken; five minutes
     python tests/bench.py --parts flow   # cfm_2d.py in the protocol of a paper, and beside torchcfm; half an hour
-    python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch; some minutes
+    python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch and torchcfm; some minutes
     python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
+    python tests/bench.py --parts nfe    # quality by calls of the network, of the models that it finds in out/
 
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
 """
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 THREADS = torch.get_num_threads()  # torch's own choice, all cores; the next import sets one
 import conftest  # noqa: E402, finds the scripts, and makes torchvision importable, which the peer needs
 import cfm_2d  # noqa: E402
+import cfm_images  # noqa: E402
 import ddpm_2d  # noqa: E402
 import ddpm_images as d  # noqa: E402
 
@@ -57,40 +59,63 @@ def table(head, rows):
 # Part step: one training step beside a peer of the same size of parameters, pictures and batch. Each does what its own
 # trainer does: noise and t, forward, backward, clipping, optimizer, EMA. Loading the pictures is left out for both.
 
-PEER = "denoising-diffusion-pytorch"
+DDP, CFM = "denoising-diffusion-pytorch", "torchcfm"
+CASES = {  # ours, its flags, the peer
+    "64x64": (d, "--patch 4", DDP), "32x32": (d, "--patch 1 --size 32", DDP),
+    "CIFAR-10": (cfm_images, "--size 32 --patch 1 --pred v --min_snr 0 --mults 2,4,4,5 --width 32 --blocks 2 --attn 16 "
+                 "--dropout 0.1", CFM)}
 
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def build(who, size, patch, setting, device):
+def build(who, case, setting, device):
     """-> step(), one training step of `who`; batch size, number of parameters, and what they make up."""
     torch.manual_seed(0)
-    args = d.parse_args(["--preset", "cpu", "--device", device, "--size", str(size), "--patch", str(patch)])
+    module, flags, _ = CASES[case]
+    args = module.parse_args(["--preset", "cpu", "--device", device, *flags.split()])
     layout = torch.channels_last if "channels_last" in setting else torch.contiguous_format
-    x = torch.rand(args.batch_size, 3, size, size, device=device).contiguous(memory_format=layout)
-    model, about = d.build_model(args, len(d.SPECIES)), f"patch={patch}"
-    if who == PEER:
+    x = torch.rand(args.batch_size, 3, args.size, args.size, device=device).contiguous(memory_format=layout)
+    model, about = module.build_model(args, len(d.SPECIES)), f"patch={args.patch}"
+    if who == DDP:
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
         from ema_pytorch import EMA
         with torch.device("meta"):  # parameters are counted, not made
             dim, mults = min(((dim, mults) for mults in ((1, 2, 4), (1, 2, 4, 8)) for dim in range(8, 82, 2)),
                              key=lambda shape: abs(count(Unet(shape[0], dim_mults=shape[1])) - count(model)))
-        model, about = GaussianDiffusion(Unet(dim, dim_mults=mults), image_size=size), f"dim={dim}, dim_mults={mults}"
-    model = model.to(device, memory_format=layout)
-    if who == PEER:  # as in its Trainer
+        model = GaussianDiffusion(Unet(dim, dim_mults=mults), image_size=args.size)
+        about = f"dim={dim}, dim_mults={mults}"
+    elif who == CFM:  # the network of its examples/images/cifar10, half as wide
+        from torchcfm.models.unet.unet import UNetModelWrapper
+        model = UNetModelWrapper(dim=(3, 32, 32), num_res_blocks=2, num_channels=64, channel_mult=[1, 2, 2, 2],
+                                 num_heads=4, num_head_channels=64, attention_resolutions="16", dropout=0.1)
+        about = "num_channels=64"
+    model, x0, average = model.to(device, memory_format=layout), 2 * x - 1, None
+    if who == DDP:    # as in its Trainer
         opt, ema = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99)), EMA(model, beta=0.995, update_every=10)
         loss_of, average = (lambda: model(x)), ema.to(device).update
-    else:            # as in train()
-        x0, alpha_bar, ema = 2 * x - 1, d.make_alpha_bar(args.schedule), copy.deepcopy(model).requires_grad_(False)
-        opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
-        average = functools.partial(d.update_ema, ema, model, args.ema_decay)
+    elif who == CFM:  # as in its train_cifar10.py
+        from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+        matcher, opt = ConditionalFlowMatcher(sigma=0.0), torch.optim.Adam(model.parameters(), lr=2e-4)
 
         def loss_of():
-            t, eps = torch.randint(0, d.T, (len(x0),)), torch.randn_like(x0)
-            call = d.guided(model, None, None, 1.0)
+            t, xt, u = matcher.sample_location_and_conditional_flow(torch.randn_like(x0), x0)
+            return F.mse_loss(model(t, xt), u)
+    else:             # as in train()
+        opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+        alpha_bar = d.make_alpha_bar("cosine")
+
+        def loss_of():
+            eps = torch.randn_like(x0)
+            if module is cfm_images:
+                t = cfm_images.draw_times(args.times, len(x0), torch.default_generator).to(device)
+                return cfm_images.loss_fn(model, x0, eps, t).mean()
+            t, call = torch.randint(0, d.T, (len(x0),)), d.guided(model, None, None, 1.0)
             return d.loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).mean()
+    if average is None:
+        ema = copy.deepcopy(model).requires_grad_(False)
+        average = functools.partial(d.update_ema, ema, model, args.ema_decay)
 
     def step():
         with torch.autocast(device, torch.bfloat16, enabled="bf16" in setting):
@@ -129,10 +154,10 @@ def part_step(args):
     settings, rows = ["bf16 channels_last"] if args.device == "cuda" else ["fp32"], []
     if args.device == "cpu" and d.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16:
         settings += ["bf16", "bf16 channels_last"]
-    for size, patch in ((d.PRESETS["cpu"]["size"], d.PRESETS["cpu"]["patch"]), (32, 1)):
-        best, times, text, used = {}, {"ours": [], PEER: []}, {}, {}
+    for name, (module, _, peer) in CASES.items():
+        best, times, text, used = {}, {"ours": [], peer: []}, {}, {}
         for who in times:  # each in the setting that suits it best
-            for case in [(who, size, patch, setting, args.device) for setting in settings]:
+            for case in [(who, name, setting, args.device) for setting in settings]:
                 step, *about = build(*case)
                 took = min(seconds(step, args.device) for _ in range(3))  # of which the first is a warm-up
                 if who not in best or took < best[who][0]:
@@ -145,12 +170,13 @@ def part_step(args):
                 used[who] = fresh.submit(memory, *case).result()
             text[who] = (f"{batch / statistics.median(times[who]):.1f} images/s, {used[who]:.2f} GiB; "
                          f"{n / 1e6:.2f}M parameters, {about}")
-        ratios = [b / a for a, b in zip(times["ours"], times[PEER])]
+        ratios = [b / a for a, b in zip(times["ours"], times[peer])]
         rows.append([f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                     f"{used['ours'] / used[PEER]:.2f}", f"{size}x{size}, batch {batch}", text["ours"], text[PEER]])
+                     f"{used['ours'] / used[peer]:.2f}", f"{name}, batch {batch}",
+                     f"{module.__name__}.py: {text['ours']}", f"{peer}: {text[peer]}"])
     print(f"\n## Training step\n\n{machine(args.device)}; medians (and range) of {args.rounds} alternating rounds")
-    table(["speed, ours / peer", "memory, ours / peer", "pictures", "ddpm_images.py", PEER], rows)
-    print("The first row is the cpu preset, whose UNet works on patches; the second compares UNets without them.\n"
+    table(["speed, ours / peer", "memory, ours / peer", "pictures", "ours", "the peer"], rows)
+    print("The first row is the cpu preset, whose UNet works on patches; the others compare UNets without them.\n"
           + ("Memory: the peak of what torch allocated." if args.device == "cuda" else
              "Memory: by how much two steps lift the resident set: activations, gradients, optimizer state."))
 
@@ -321,6 +347,67 @@ def part_quality(args):
 
 
 # -----------------------------------------------------------------------------
+# Part nfe: what a picture costs, calls of the network, against what it is worth, as part quality judges it.
+
+NFE = (1, 2, 4, 8, 16, 32, 64)
+CURVES = {"DDPM, ddpm": ("out/ddpm_images", "ddpm"), "DDPM, ddim": ("out/ddpm_images", "ddim"),
+          "DDPM, dpmpp_2m": ("out/ddpm_images", "dpmpp_2m"), "CFM, euler": ("out/cfm_images", "euler"),
+          "CFM, midpoint": ("out/cfm_images", "midpoint"), "CFM, heun": ("out/cfm_images", "heun"),
+          "CFM, ancestral": ("out/cfm_images", "ancestral"),
+          "reflow, euler": ("out/reflow", "euler"), "MeanFlow": ("out/meanflow", "mean velocities")}
+
+
+def pictures_of(ckpt, sampler, nfe, n, device):
+    """uint8 (n, S, S, 3): the first n samples of a model of either script, in nfe calls of the network."""
+    script = d.load_safetensors(ckpt)[1]["script"]
+    module, device, found = {"ddpm_images.py": d, "cfm_images.py": cfm_images}[script], torch.device(device), []
+    steps = nfe // len(cfm_images.RUNGE_KUTTA.get(sampler, [[1]]))
+    argv = ["--sample", str(n), "--ckpt", ckpt, "--sample_steps", str(steps)]
+    args = module.parse_args(argv if sampler == "mean velocities" else [*argv, "--sampler", sampler])
+    if module is d:
+        tensors, saved, data = d.read_model(ckpt, script)
+        d.adopt(args, saved, d.ARCHITECTURE, ckpt)
+        model = d.build_model(args, len(data["classes"])).to(device).eval().requires_grad_(False)
+        d.load_weights(model, tensors, ckpt)
+    else:
+        model, _ = cfm_images.load_model(ckpt, args, device)
+    for i in np.array_split(np.arange(n), -(-n // 64)):
+        if module is d:
+            x = d.generate(model, args, d.make_alpha_bar(args.schedule), i, device)
+        else:
+            x, _ = cfm_images.generate(model, args, d.image_noise(args.seed, i, (3, args.size, args.size), device))
+        found.append(d.to_uint8(x))
+    return np.concatenate(found)
+
+
+def part_nfe(args):
+    rows, curves = [], {}
+    for name, (folder, sampler) in CURVES.items():
+        log, ckpt = Path(folder, "log.jsonl"), Path(folder, "model.safetensors")
+        if not ckpt.exists():
+            print(f"{ckpt} is not there, so {name} is left out", file=sys.stderr)
+            continue
+        seconds = [r["seconds"] for r in map(json.loads, log.read_text().splitlines()) if "seconds" in r][-1]
+        row = [name, f"{seconds:.0f} s"]
+        for nfe in NFE:
+            if nfe % len(cfm_images.RUNGE_KUTTA.get(sampler, [[1]])):
+                row.append("-")
+                continue
+            q = quality(pictures_of(str(ckpt), sampler, nfe, args.n, args.device))
+            curves.setdefault(name, []).append((nfe, 100 * q["confident"]))
+            row.append(f"{100 * q['confident']:.1f} % ({q['frechet']:.1f})")
+        rows.append(row)
+        print(*row, flush=True)
+    print(f"\n## Quality by calls of the network\n\n{machine(args.device)}; {args.n} samples: the share that is one "
+          "species with p > 0.9, and the Fréchet distance")
+    table(["model, sampler", "trained in", *(f"NFE {n}" for n in NFE)], rows)
+    if curves:
+        Path("out").mkdir(exist_ok=True)
+        cfm_images.plot_curves("out/nfe.png", curves, "faces that are recognised, in %, by calls of the network (NFE)")
+        print("drawn in out/nfe.png")
+
+
+# -----------------------------------------------------------------------------
 # Part plane: the swiss roll of KAIST CS492(D), assignment 1: no noise, 3 x 128 units, batch 128, 5,000 steps, judged by
 # the Chamfer distance of 2,048 points. Full marks there: under 20 with DDPM, under 40 with 50 steps of DDIM.
 
@@ -466,7 +553,8 @@ def part_flow(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality}
+    parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality,
+             "nfe": part_nfe}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
     p.add_argument("--seeds", type=int, default=10, help="flow: runs of each coupling")
