@@ -274,6 +274,11 @@ def test_the_network_as_a_velocity():
     torch.testing.assert_close(out, unet(xt, 1000 * t))  # the same network as in ddpm_images.py
     with pytest.raises(AssertionError):
         torch.testing.assert_close(out, unet(xt, 999 * t))
+    labelled, y = tiny_model("--pred", "v", "--class_cond"), torch.tensor([0, 7, 8])
+    unet = ddpm_images.UNet(16, 4, 32, [1, 2], 1, 8, 0.0, n_classes=8).double()
+    unet.load_state_dict(labelled.state_dict())
+    torch.testing.assert_close(labelled(xt, t, y), unet(xt, 1000 * t, y))
+    assert ((labelled(xt, t, y) - labelled(xt, t)).abs().amax((1, 2, 3)) > 1e-6).tolist() == [True, True, False]
     two = tiny_model("--meanflow")
     torch.testing.assert_close(two(xt, t), two(xt, t, None, t))
     assert (two(xt, t) - two(xt, t, None, 0 * t)).abs().max() > 1e-6
@@ -373,6 +378,22 @@ def test_two_processes_equal_one(method, faces, tmp_path, run_script, no_picture
     one, two = ([r for r in log if "val_loss" in r][-1] for log in (one, two))
     assert abs(one["loss"] - two["loss"]) < 1e-4 and abs(one["val_loss"] - two["val_loss"]) < 1e-4
     assert done.stdout.count("settings:") == 1  # one process talks
+
+
+def test_times_of_a_batch(faces):
+    """Plain training sees the times as they are drawn; MeanFlow sees r <= t, half of them equal."""
+    cpu = torch.device("cpu")
+    data = mm.open_data(mm.prepare_data(faces, 16))
+    for method in ([], ["--meanflow"]):
+        args = mm.parse_args([*TINY, "--data", faces, "--batch_size", "400", *method])
+        _, _, t, r, y = mm.train_batch(data, args, 7, cpu, 0, 1)
+        drawn = mm.draw_times(args.times, (2, 400), torch.Generator().manual_seed(mm.mix(mm.BATCH, 0, 7)))
+        if method:
+            assert (r <= t).all() and 0.4 < (r == t).float().mean() < 0.6 and torch.equal(t[r < t], drawn.amax(0)[r < t])
+        else:
+            assert torch.equal(t, drawn[0]) and torch.equal(r, t) and y is None
+        halves = [mm.train_batch(data, args, 7, cpu, rank, 2) for rank in (0, 1)]
+        assert torch.equal(torch.cat([h[2] for h in halves]), t)
 
 
 def test_reflow_trains_on_what_its_teacher_makes(faces, no_pictures, capsys):
