@@ -7,7 +7,8 @@
     python cfm_images.py --sample 64 --ckpt out/cfm_images/model.safetensors --sampler dopri5
     python cfm_images.py --sample 8 --ckpt out/cfm_images/model.safetensors --input my_photos  # to noise and back
     python cfm_images.py --reflow out/cfm_images/model.safetensors --out out/reflow            # straighten its paths
-    python cfm_images.py --meanflow --sample_steps 1 --out out/meanflow        # from noise to a picture in one step
+    python cfm_images.py --meanflow --init_from out/cfm_images/model.safetensors --lr 3e-4 --sample_steps 2 \
+                         --out out/meanflow                                    # teach it to jump: one to four steps
     python cfm_images.py --from_ddpm out/ddpm_images/model.safetensors --out out/bridge        # a DDPM is a flow, too
     torchrun --nproc_per_node=8 cfm_images.py --data animal_faces
 
@@ -114,6 +115,7 @@ def parse_args(argv=None):
     g.add_argument("--reflow", metavar="FILE", help="straighten this model.safetensors: learn the pairs it makes")
     g.add_argument("--pairs", type=int, help="how many of them")
     g.add_argument("--meanflow", action=flag, default=False, help="learn mean velocities, to sample in 1 to 4 steps")
+    g.add_argument("--init_from", metavar="FILE", help="begin with this model.safetensors, not with random weights")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
@@ -194,6 +196,8 @@ def check(args, error):
         error("--sampler ancestral needs noise that is independent of the pictures, so not --reflow or --coupling ot")
     if args.reflow and args.pairs < 16:
         error("--pairs has to be at least 16, as many as training takes")
+    if "init_from" in args.given and (args.reflow or args.sample or args.resume):
+        error("--init_from is for a new training: leave out --reflow, --sample and --resume")
     if args.reflow and args.coupling != "independent":
         error("--reflow trains on pairs of its own: leave out --coupling")
     if args.meanflow and (args.cfg_scale != 1 or "sampler" in args.given and not args.input):
@@ -544,6 +548,7 @@ class UNet(nn.Module):
 
 T_MIN = 0.05  # v = (xt - x0) / t has no bound at t = 0: nearer than this it is divided by T_MIN, and so a little slow:
 #               noise of one or two levels of gray stays. Smaller, and solvers with few steps stumble at t = 0.
+T_SCALE = 30  # what of waves() a time sees. With DDPM's 1,000 the derivative by t, for MeanFlow, explodes
 
 
 class VelocityUNet(UNet):
@@ -556,15 +561,16 @@ class VelocityUNet(UNet):
 
     def __init__(self, pred, meanflow, size, patch, width, mults, blocks, attn, dropout, n_classes=0):
         super().__init__(size, patch, width, mults, blocks, attn, dropout, n_classes)
-        D, self.pred, self.scale = 4 * width, pred, 30 if meanflow else T  # MeanFlow needs a gentle slope in t
+        D, self.pred = 4 * width, pred
         self.span = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D)) if meanflow else None
         if meanflow:
             nn.init.zeros_(self.span[-1].weight)  # to begin with, a mean velocity is that at t
+            nn.init.zeros_(self.span[-1].bias)
 
     def forward(self, xt, t, y=None, r=None):                                    # (B, 3, H, W), (B,), (B,), (B,)
-        emb = self.embed(self.scale * t, y)                                      # (B, D)
+        emb = self.embed(T_SCALE * t, y)                                         # (B, D)
         if self.span is not None:
-            emb = emb + self.span(waves(self.scale * (t - (t if r is None else r)), self.width).to(emb.dtype))
+            emb = emb + self.span(waves(T_SCALE * (t - (t if r is None else r)), self.width).to(emb.dtype))
         out = self.body(xt, F.silu(emb)).to(xt.dtype)                            # (B, 3, H, W)
         return (xt - out) / t.clamp(min=T_MIN).view(-1, 1, 1, 1) if self.pred == "x0" else out
 
@@ -1443,13 +1449,19 @@ def train(args):
         adopt(args, state["args"], vars(args).keys() - keep, args.resume)
         if "out" not in args.given:
             args.out = str(Path(args.resume).parent)  # where it lies now: the folder may have been renamed
+    if args.init_from and not state:
+        tensors, saved, _ = read_model(args.init_from, "cfm_images.py")
+        adopt(args, saved, set(ARCHITECTURE) - {"meanflow"}, args.init_from)
+        if saved.get("meanflow") and not args.meanflow:
+            raise Stop(f"{args.init_from} was trained with --meanflow, which it needs to go on")
     device, rank, world = setup(args)  # the device, too, is the checkpoint's unless given
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
+    for earlier in filter(None, (args.reflow, args.init_from)):
+        if Path(earlier).resolve().parent == Path(args.out).resolve():
+            raise Stop(f"this run would write over {earlier}: choose another --out")
     if args.reflow:
-        if Path(args.reflow).resolve().parent == Path(args.out).resolve():
-            raise Stop(f"this run would write over {args.reflow}: choose another --out")
         teacher, classes = load_model(args.reflow, args, device)
         prepare = functools.partial(make_pairs, teacher, classes, args, device)
     else:
@@ -1467,6 +1479,9 @@ def train(args):
 
     torch.manual_seed(mix(INIT, args.seed))
     model = build_model(args, len(data.classes)).to(device)
+    if args.init_from and not state:
+        span = {k: v for k, v in model.state_dict().items() if k.startswith("span.")}  # a flow has none
+        load_weights(model, span | tensors, args.init_from)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # not on the CPU: GroupNorm is 20 times slower there
     ema, start, best = copy.deepcopy(model).eval().requires_grad_(False), 0, math.inf

@@ -319,14 +319,15 @@ def weights(path, *parts):
 
 
 METHODS = {"plain": [], "ot": ["--coupling", "ot", "--class_cond"], "meanflow": ["--meanflow", "--class_cond"],
-           "reflow": ["--reflow", "teacher/model.safetensors", "--pairs", "40"]}
+           "reflow": ["--reflow", "teacher/model.safetensors", "--pairs", "40"],
+           "init_from": ["--meanflow", "--init_from", "teacher/model.safetensors"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_exact(method, faces, no_pictures, monkeypatch):
     """6 steps; 6 that SIGTERM cuts after the second; 3 steps, and then 3 more: the same weights, bit for bit."""
     flags = ["--data", faces, *TINY, *METHODS[method], "--dropout", "0.2", "--eval_every", "2", "--steps", "6"]
-    if method == "reflow":
+    if "teacher/model.safetensors" in flags:
         assert run("--data", faces, *TINY, "--dropout", "0.2", "--steps", 1, "--out", "teacher") == 0
     assert run(*flags, "--out", "whole") == 0
     batch = mm.train_batch
@@ -416,6 +417,25 @@ def test_reflow_trains_on_what_its_teacher_makes(faces, no_pictures, capsys):
     capsys.readouterr()
     assert run(*again, "--sampler", "ancestral") == 2 and "pairs" in capsys.readouterr().err
     assert run(*again, "--cfg_scale", 1) == 0 and "midpoint" in capsys.readouterr().out
+
+
+def test_meanflow_begins_as_the_flow_it_comes_from(faces, no_pictures, capsys):
+    """--init_from, before anything is learnt: the mean velocity to any r is the flow's velocity, one step is Euler's."""
+    assert run("--data", faces, *TINY, "--class_cond", "--steps", 20, "--lr", "3e-3", "--out", "flow") == 0
+    flags = ["--data", faces, *TINY, "--init_from", "flow/model.safetensors", "--lr", 0]
+    assert run(*flags, "--meanflow", "--steps", 1, "--out", "mean") == 0
+    cpu, noise, y = torch.device("cpu"), torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
+    args = mm.parse_args(["--device", "cpu", "--dtype", "fp32", "--sample_steps", "2", "--sampler", "euler"])
+    flow, _ = mm.load_model("flow/model.safetensors", args, cpu)
+    euler, _ = mm.generate(flow, args, iter([noise]), y)
+    mean, _ = mm.load_model("mean/model.safetensors", mm.parse_args(["--device", "cpu"]), cpu)
+    jumps, nfe = mm.generate(mean, args, iter([noise]), y, meanflow=True)
+    assert nfe == 2 and args.class_cond and euler.std() > 0.1
+    torch.testing.assert_close(jumps, euler)
+    capsys.readouterr()
+    flags[flags.index("flow/model.safetensors")] = "mean/model.safetensors"
+    assert run(*flags, "--steps", 1) == 2 and "--meanflow" in capsys.readouterr().err
+    assert run(*flags, "--meanflow", "--steps", 1) == 0
 
 
 def test_a_meanflow_model_on_the_gpu_preset(faces, no_pictures):

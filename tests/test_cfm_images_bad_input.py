@@ -34,6 +34,13 @@ CASES |= {
     "reflow with a coupling": (TRAIN, f"--reflow {MODEL} --coupling ot", "--reflow --coupling"),
     "reflow and sample": (SAMPLE, f"--ckpt {MODEL} --reflow {MODEL}", "--reflow --ckpt"),  # noqa: F821
     "reflow with too few pairs": (TRAIN, f"--reflow {MODEL} --pairs 3", "--pairs 16"),
+    "init_from: missing": (TRAIN, "--init_from nowhere.safetensors", "nowhere.safetensors"),
+    "init_from: another script": (TRAIN, "--init_from bad/other.safetensors", "bad/other.safetensors ddpm_images.py"),
+    "init_from: another width": (TRAIN, f"--init_from {MODEL} --width 64", f"--width 64 {MODEL} 32"),
+    "init_from: overwritten": (TRAIN, f"--init_from {MODEL} --out out/cfm_images", f"{MODEL} --out"),
+    "init_from and reflow": (TRAIN, f"--init_from {MODEL} --reflow {MODEL}", "--init_from --reflow"),
+    "init_from and sample": (SAMPLE, f"--init_from {MODEL} --ckpt {MODEL}", "--init_from --sample"),  # noqa: F821
+    "init_from and resume": ([], f"--init_from {MODEL} --resume out/cfm_images/ckpt.pt", "--init_from --resume"),
     "from_ddpm: missing": (SAMPLE, "--from_ddpm nowhere", "nowhere"),
     "from_ddpm: a flow": (SAMPLE, f"--from_ddpm {MODEL}", f"{MODEL} cfm_images.py ddpm_images.py"),
     "from_ddpm and ckpt": (SAMPLE, f"--from_ddpm {MODEL} --ckpt {MODEL}", "--from_ddpm --ckpt"),
