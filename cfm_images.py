@@ -12,8 +12,8 @@
     python cfm_images.py --from_ddpm out/ddpm_images/model.safetensors --out out/bridge        # a DDPM is a flow, too
     torchrun --nproc_per_node=8 cfm_images.py --data animal_faces
 
-Expected, first line: 285 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), the final grid after 244 s, loss
-0.0053, val_loss 0.0040; 95.9 % of its faces are one species to a classifier (README.md). GPU: not measured yet.
+Expected, first line: 278 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), the final grid after 246 s, loss
+0.0054, val_loss 0.0040; 96 % of its faces are one species to a classifier (README.md). GPU: not measured yet.
 Writes out/cfm_images/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, forward.png, reverse.gif,
 training.gif, interpolation.png, nfe.png, nfe.json; with --sample generated/ and generated.png. A new run renames the
 first three of an old one to *.old, and replaces the rest.
