@@ -748,7 +748,7 @@ def adopt(args, saved, keys, path):
         setattr(args, k, saved[k])
 
     def refuse(sentence):
-        raise Stop(f"{path} cannot be right: {sentence}")
+        raise Stop(f"{path} does not go with this: {sentence}")
     check(args, refuse)
 
 
@@ -1109,7 +1109,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e), e.code
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; what was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, the CPU and NumPy each have their own

@@ -7,8 +7,7 @@
     python cfm_images.py --sample 64 --ckpt out/cfm_images/model.safetensors --sampler dopri5
     python cfm_images.py --sample 8 --ckpt out/cfm_images/model.safetensors --input my_photos  # to noise and back
     python cfm_images.py --reflow out/cfm_images/model.safetensors --out out/reflow            # straighten its paths
-    python cfm_images.py --meanflow --init_from out/cfm_images/model.safetensors --lr 3e-4 --sample_steps 2 \
-                         --out out/meanflow                                    # teach it to jump: one to four steps
+    python cfm_images.py --meanflow --init_from out/cfm_images/model.safetensors --lr 3e-4 --out out/meanflow  # jump
     python cfm_images.py --from_ddpm out/ddpm_images/model.safetensors --out out/bridge        # a DDPM is a flow, too
     torchrun --nproc_per_node=8 cfm_images.py --data animal_faces
 
@@ -113,7 +112,7 @@ def parse_args(argv=None):
     g.add_argument("--min_snr", type=float, help="gamma of min-SNR loss weights (the paper: 5); 0 = off")
     g.add_argument("--coupling", choices=COUPLINGS, default="independent", help="which noise belongs to which point")
     g.add_argument("--reflow", metavar="FILE", help="straighten this model.safetensors: learn the pairs it makes")
-    g.add_argument("--pairs", type=int, help="how many of them")
+    g.add_argument("--pairs", type=int, help="how many pairs --reflow makes and learns")
     g.add_argument("--meanflow", action=flag, default=False, help="learn mean velocities, to sample in 1 to 4 steps")
     g.add_argument("--init_from", metavar="FILE", help="begin with this model.safetensors, not with random weights")
     g = p.add_argument_group("training")
@@ -135,7 +134,8 @@ def parse_args(argv=None):
     g.add_argument("--shift", type=float, default=1.0, help="more than 1: more of the steps where there is much noise")
     g.add_argument("--tol", type=float, default=1e-3, help="error that dopri5 allows in a step; it chooses the steps")
     g.add_argument("--cfg_scale", type=float, default=1.0, help="strength of classifier-free guidance; 1 = off")
-    g.add_argument("--cfg_interval", type=float, nargs=2, default=[0.0, 1.0], metavar="T", help="guide only at these t")
+    g.add_argument("--cfg_interval", type=float, nargs=2, default=[0.0, 1.0], metavar="T",
+                   help="guide only from this t to that; 0 is data, 1 noise")
     g = p.add_argument_group("output and system")
     g.add_argument("--out", default="out/cfm_images", help="folder for everything that a run writes")
     g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
@@ -200,8 +200,15 @@ def check(args, error):
         error("--init_from is for a new training: leave out --reflow, --sample and --resume")
     if args.reflow and args.coupling != "independent":
         error("--reflow trains on pairs of its own: leave out --coupling")
+    if args.meanflow and args.reflow:
+        error("--reflow and --meanflow exclude each other: to go on from a flow, say --meanflow --init_from FILE")
     if args.meanflow and (args.cfg_scale != 1 or "sampler" in args.given and not args.input):
         error("a model of --meanflow knows where paths end: leave out --cfg_scale and --sampler, say --sample_steps")
+    told = args.resume or args.ckpt  # what is not given by hand is taken from there
+    if "cfg_interval" in args.given and args.cfg_scale == 1 and not told:
+        error("--cfg_interval without --cfg_scale changes nothing")
+    if "tol" in args.given and args.sampler != "dopri5" and not told:
+        error("--tol is for --sampler dopri5 alone")
     if args.meanflow and args.compile and "compile" in args.given:
         error("--compile cannot be had with --meanflow, whose derivative torch.compile does not take")
     for name, choices in (("pred", ["v", "x0"]), ("times", TIMES), ("coupling", COUPLINGS), ("sampler", SAMPLERS)):
@@ -692,7 +699,7 @@ def list_pictures(path):
             with zipfile.ZipFile(path) as z:
                 files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
         except (FileNotFoundError, zipfile.BadZipFile):
-            raise Stop(f"--data {path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
+            raise Stop(f"{path} {'is not a folder, .zip or .npz of pictures' if path.exists() else 'does not exist'}")
     files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not ("/" + f[0]).count("/.")
              and not f[0].startswith("__MACOSX")]
     parts = [f[0].split("/") for f in files]
@@ -1011,13 +1018,15 @@ def load_checkpoint(path, script):
     return state
 
 
-def download(url, path, is_whole=lambda path: True, tries=5):
+def download(url, path, is_whole=lambda path: True, tries=5, token=""):
     """url -> path, on from path.part if that exists, checked against the size the server names. Raises Stop."""
     part, by_hand = path.with_name(path.name + ".part"), f"fetch {url} by hand and put it at {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(tries):
         have, why = part.stat().st_size if part.exists() else 0, "the connection broke"
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        if token:  # for this server alone: the store that it may point to refuses a second key
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
             with urllib.request.urlopen(request, timeout=30) as answer, \
                     open(part, "ab" if answer.status == 206 else "wb") as f:  # 200: the whole file, whatever was asked
@@ -1199,7 +1208,7 @@ def adopt(args, saved, keys, path):
         setattr(args, k, saved[k])
 
     def refuse(sentence):
-        raise Stop(f"{path} cannot be right: {sentence}")
+        raise Stop(f"{path} does not go with this: {sentence}")
     check(args, refuse)
 
 
@@ -1240,6 +1249,7 @@ def make_pairs(teacher, classes, args, device):
     cache = Path(f"data/cache/reflow-{args.size}-{key}.uint8")
     if cache.exists():
         return cache
+    print(f"making {args.pairs} pairs with {args.reflow}, once, for {cache}", flush=True)
     cache.parent.mkdir(parents=True, exist_ok=True)
     labels = [i % len(classes) for i in range(args.pairs)]
     about = dict(name=f"pairs of {args.reflow}", key=key, classes=classes, size=args.size, labels=labels, broken=[])
@@ -1329,6 +1339,8 @@ def generate(model, args, noise, y=None, on_step=None, **other):
     device = next(model.parameters()).device
     how = dict(sampler=args.sampler, times=time_grid(args.sample_steps, args.shift), tol=args.tol,
                meanflow=args.meanflow) | other
+    if how["sampler"] == "dopri5" and how["tol"] < 1e-5 and pick_dtype(args.dtype, device) == torch.bfloat16:
+        raise Stop(f"--tol {how['tol']:g} is finer than bf16 can tell, so dopri5 would crawl: say --dtype fp32 as well")
     with torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(args.dtype, device) == torch.bfloat16):
         return sample(guided(model, y, args.cfg_scale, args.cfg_interval), noise, on_step=on_step, **how)
 
@@ -1591,6 +1603,7 @@ def train(args):
         signal.signal(number, stop_at_once)  # all is saved
     if rank == 0:
         plot_loss(out / "loss.png", log)
+        say("trained; now the pictures, and how exact each solver is")
         draw_pictures(out, ema, data, args, device, y)
         say(f"done in {time.time() - began:.0f} s; best val_loss {best:.4f}; see {out}/samples/{args.steps:06d}.png")
     sum_over_ranks(torch.zeros(1, device=device)).item()  # the others wait for the pictures
@@ -1668,7 +1681,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; what was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

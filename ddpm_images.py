@@ -536,7 +536,7 @@ def list_pictures(path):
             with zipfile.ZipFile(path) as z:
                 files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
         except (FileNotFoundError, zipfile.BadZipFile):
-            raise Stop(f"--data {path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
+            raise Stop(f"{path} {'is not a folder, .zip or .npz of pictures' if path.exists() else 'does not exist'}")
     files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not ("/" + f[0]).count("/.")
              and not f[0].startswith("__MACOSX")]
     parts = [f[0].split("/") for f in files]
@@ -855,13 +855,15 @@ def load_checkpoint(path, script):
     return state
 
 
-def download(url, path, is_whole=lambda path: True, tries=5):
+def download(url, path, is_whole=lambda path: True, tries=5, token=""):
     """url -> path, on from path.part if that exists, checked against the size the server names. Raises Stop."""
     part, by_hand = path.with_name(path.name + ".part"), f"fetch {url} by hand and put it at {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(tries):
         have, why = part.stat().st_size if part.exists() else 0, "the connection broke"
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        if token:  # for this server alone: the store that it may point to refuses a second key
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
             with urllib.request.urlopen(request, timeout=30) as answer, \
                     open(part, "ab" if answer.status == 206 else "wb") as f:  # 200: the whole file, whatever was asked
@@ -1016,7 +1018,7 @@ def adopt(args, saved, keys, path):
         setattr(args, k, saved[k])
 
     def refuse(sentence):
-        raise Stop(f"{path} cannot be right: {sentence}")
+        raise Stop(f"{path} does not go with this: {sentence}")
     check(args, refuse)
 
 
@@ -1364,7 +1366,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; what was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

@@ -6,6 +6,7 @@
     python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch and torchcfm; some minutes
     python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
+    python tests/bench.py --parts fid    # fid.py beside torch-fidelity, pytorch-fid and clean-fid; a quarter of an hour
     python tests/bench.py --parts nfe    # quality by calls of the network, of the models that it finds in out/
 
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
@@ -42,6 +43,7 @@ import cfm_2d  # noqa: E402
 import cfm_images  # noqa: E402
 import ddpm_2d  # noqa: E402
 import ddpm_images as d  # noqa: E402
+import fid  # noqa: E402
 
 
 def machine(device):
@@ -550,13 +552,121 @@ def part_flow(args):
         print(f"{goal} is reached {late}{ratio:.1f} times sooner by cfm_2d.py")
 
 
+# -----------------------------------------------------------------------------
+# Part fid: two folders of drawn faces, 64x64 PNG files, to a FID; the same random Inception weights for all. Each tool
+# in a fresh process, with its own reading, resizing, batch size and distance, after its imports. clean-fid's own network
+# is a download, so it gets pytorch-fid's. Then the distances alone, on the same features.
+
+
+def random_inception(path):
+    """Inception weights as He et al. draw them, in a file that all the tools can read."""
+    g = torch.Generator().manual_seed(0)
+    state = fid.Inception().state_dict()
+    for name, tensor in state.items():
+        if tensor.ndim >= 2:
+            state[name] = torch.randn(tensor.shape, generator=g) * (2 / tensor[0].numel()) ** 0.5
+    torch.save(state, path)
+
+
+def fid_run(tool, mode, weights, real, generated):
+    """-> FID, seconds, peak of the resident set in GiB."""
+    torch.set_num_threads(THREADS)
+    if tool == "fid.py":
+        def work():
+            out, flags = io.StringIO(), ["--weights", weights, "--mode", mode, "--metrics", "fid", "--json"]
+            with contextlib.redirect_stdout(out):
+                assert fid.main([real, generated, *flags]) == 0
+            return json.loads(out.getvalue())["fid"]
+    elif tool == "torch-fidelity":
+        import torch_fidelity
+
+        def work():
+            return torch_fidelity.calculate_metrics(
+                input1=generated, input2=real, cuda=torch.cuda.is_available(), fid=True, cache=False, verbose=False,
+                feature_extractor_weights_path=weights)["frechet_inception_distance"]
+    else:
+        from unittest import mock
+        import pytorch_fid.inception
+        from pytorch_fid.fid_score import calculate_fid_given_paths
+        import cleanfid.fid
+        device, workers = "cuda" if torch.cuda.is_available() else "cpu", min(8, os.cpu_count())
+        state = torch.load(weights, weights_only=True)
+
+        def work():
+            with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *a, **k: state):
+                if tool == "pytorch-fid":
+                    return calculate_fid_given_paths([real, generated], 50, device, 2048, workers)
+                net = pytorch_fid.inception.InceptionV3([3], resize_input=False, normalize_input=False)
+            net = net.to(device).eval()
+            found = [cleanfid.fid.get_folder_features(
+                folder, lambda x: net((x - 128) / 128)[0][:, :, 0, 0], workers, batch_size=32,
+                device=torch.device(device), mode="clean", verbose=False) for folder in (real, generated)]
+            return float(cleanfid.fid.fid_from_feats(*found[::-1]))
+    began = time.perf_counter()
+    value = work()
+    status = Path("/proc/self/status")
+    peak = int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20 if status.exists() else math.nan
+    return value, time.perf_counter() - began, peak
+
+
+def part_fid(args):
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    rows, n = [], args.images
+    with tempfile.TemporaryDirectory() as folder:
+        weights, sets = f"{folder}/random.pth", [f"{folder}/real", f"{folder}/generated"]
+        random_inception(weights)
+        for seed, path in enumerate(sets):
+            os.mkdir(path)
+            for i, picture in enumerate(draw_faces(seed, n, 64)[0]):
+                picture = picture if seed == 0 else np.roll(picture, 9, 2)  # other colours, or the distance is 0
+                d.Image.fromarray(picture).save(f"{path}/{i:05d}.png")
+        for peer, mode in zip(("torch-fidelity", "pytorch-fid", "clean-fid"), fid.MODES):
+            found = {}
+            for tool in ("fid.py", peer):
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                    found[tool] = fresh.submit(fid_run, tool, mode, weights, *sets).result()
+            (ours, a, room), (theirs, b, more) = found["fid.py"], found[peer]
+            rows.append([f"{b / a:.2f}", f"{room / more:.2f}", f"{abs(ours / theirs - 1):.0e}",
+                         f"{mode}: {ours:.6g}, {a:.0f} s, {2 * n / a:.1f} images/s, {room:.2f} GiB",
+                         f"{peer}: {theirs:.6g}, {b:.0f} s, {more:.2f} GiB"])
+    print(f"\n## FID of two folders with {n:,} images each\n\n{machine(args.device)}")
+    table(["speed, ours / peer", "memory, ours / peer", "relative difference", "fid.py", "the peer"], rows)
+
+    g, rows = torch.Generator().manual_seed(0), []
+    mix = torch.randn(2048, 2048, generator=g) / 45 * torch.logspace(0, -3, 2048)
+    x, y = (torch.randn(10_000, 2048, generator=g) @ mix + shift for shift in (0, 0.01))
+    stats = [(f.double().mean(0).numpy(), np.cov(f.numpy(), rowvar=False)) for f in (x, y)]
+    tensors = [(torch.from_numpy(mu), torch.from_numpy(sigma)) for mu, sigma in stats]
+    works = {"fid.py": lambda: fid.frechet_distance(*(v for mu, s in tensors for v in (mu, fid.root(s)))),
+             "pytorch-fid, clean-fid (scipy.linalg.sqrtm)": lambda: calculate_frechet_distance(*stats[0], *stats[1]),
+             "torch-fidelity (eigvals)": lambda: fid_statistics_to_metric(
+                 *(dict(mu=mu, sigma=s) for mu, s in stats), False)["frechet_inception_distance"]}
+    times, values = {name: [] for name in works}, {}
+    for _ in range(3):
+        for name, work in works.items():
+            began = time.perf_counter()
+            values[name] = float(work())
+            times[name].append(time.perf_counter() - began)
+    middle = {name: statistics.median(took) for name, took in times.items()}
+    for name, took in middle.items():
+        rows.append([name, f"{took:.2f} s", f"{took / middle['fid.py']:.1f}",
+                     f"{abs(values[name] / values['fid.py'] - 1):.0e}"])
+    for name, work in (("KID, 100 subsets of 1,000", lambda: fid.kid(x, y)),
+                       ("precision and recall", lambda: fid.precision_recall(x, y))):
+        rows.append([f"fid.py, {name}", f"{seconds(work, 'cpu'):.1f} s", "", ""])
+    print("## The distances alone, 10,000 x 2048 features, on the CPU\n")
+    table(["what", "time", "times ours", "relative difference"], rows)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality,
-             "nfe": part_nfe}
+             "nfe": part_nfe, "fid": part_fid}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
+    p.add_argument("--images", type=int, default=1000, help="fid: images in each folder")
     p.add_argument("--seeds", type=int, default=10, help="flow: runs of each coupling")
     p.add_argument("--ckpt", nargs="+", default=[], help="quality: model.safetensors files")
     p.add_argument("--samplers", default="ddpm:50", help="quality: NAME:STEPS,... for each --ckpt")

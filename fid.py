@@ -1,0 +1,1143 @@
+"""How far are generated images from real ones? FID and its kin, the same numbers as the reference tools, only sooner.
+
+    python fid.py data/real out/ddpm_images/generated             # two folders (or .zip, or .npz) of images
+    python fid.py drawn_faces out/ddpm_images/generated           # against the animal faces that the scripts draw
+    python fid.py data/real --stats real.npz                      # the statistics of one set, computed once ...
+    python fid.py real.npz out/ddpm_images/generated              # ... for FID and sFID with any other
+    python fid.py data/real samples.npz --mode clean              # as clean-fid; legacy_pytorch: as pytorch-fid
+    python fid.py data/real samples.npz --network dinov2 --metrics fid,kid       # FD-DINOv2
+    python fid.py data/real samples.npz --json | jq .fid
+    torchrun --nproc_per_node=8 fid.py data/imagenet samples.npz
+
+Expected: EXPECTED
+Weights (Inception: 96 MB, DINOv2-L: 1.2 GB) are downloaded once into data/weights; an Inception file that pytorch-fid
+or torch-fidelity left in torch's cache is used where it lies. Writes nothing else, unless --stats or --cache says so.
+
+Which number is it? FID depends on the network, on how images are resized to its 299 pixels, on how many there are and
+on the reference set; all of that is printed with it. --mode legacy_tensorflow, the default, is what TTUR, ADM's
+evaluator, EDM and torch-fidelity compute, legacy_pytorch what pytorch-fid computes, and clean what clean-fid does.
+Papers: FID 1706.08500, its bias 1911.07023, KID 1801.01401, Inception Score 1606.03498, improved precision and recall
+1904.06991, sFID 2103.03841 and 2105.05233 (ADM), resizing 2104.11222, FD-DINOv2 2306.04675, Inception 1512.00567,
+DINOv2 2304.07193.
+"""
+import argparse
+import copy
+import datetime
+import functools
+import hashlib
+import http.client
+import inspect
+import json
+import math
+import mmap
+import os
+import signal
+import struct
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# Knobs.
+
+METRICS = ["fid", "kid", "is", "pr", "sfid"]
+MODES = ["legacy_tensorflow", "legacy_pytorch", "clean"]
+
+
+def parse_args(argv=None):
+    """The settings. Wrong ones end the script with a sentence and status 2."""
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, sentence):  # argparse would print the whole usage first
+            self.exit(2, f"{self.prog}: {sentence}; --help lists every flag\n")
+
+    p = Parser(prog="fid.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
+    kinds = "FOLDER|.zip|.npz|drawn_faces"
+    p.add_argument("real", metavar="REAL", help=f"the reference: {kinds}, or an .npz of statistics")
+    p.add_argument("generated", metavar="GENERATED", nargs="?", help="what is judged: the same kinds")
+    g = p.add_argument_group("what is compared")
+    g.add_argument("--metrics", default=",".join(METRICS), help="pr is precision and recall; fid and sfid need no room")
+    g.add_argument("--network", choices=["inception", "dinov2", "random"], default="inception",
+                   help="the network that sees the images; random is no download, and compares with nothing published")
+    g.add_argument("--weights", metavar="FILE", help="its weights, instead of a download")
+    g.add_argument("--mode", choices=MODES, help="how images are resized; unless given clean, for inception "
+                   "legacy_tensorflow")
+    g.add_argument("--num", type=int, help="take so many of each set, at random by --seed (of drawn_faces: 10,000)")
+    g.add_argument("--size", type=int, help="pixels a side")
+    g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    g = p.add_argument_group("output and system")
+    g.add_argument("--json", action=flag, default=False, help="one line of JSON on stdout, the table on stderr")
+    g.add_argument("--stats", metavar="FILE", help="save the statistics of REAL in this .npz")
+    g.add_argument("--cache", action=flag, default=False, help="keep the features in data/cache, and use them again")
+    g.add_argument("--batch", type=int, default=32, help="images at a time, on each device")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args = p.parse_args(argv)
+    args.metrics = [m.strip() for m in args.metrics.split(",")]
+    if not set(args.metrics) <= set(METRICS):
+        p.error(f"--metrics takes some of {','.join(METRICS)}")
+    for name in "num size batch".split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} has to be at least 1")
+    if args.generated is None and not args.stats:
+        p.error("name what is judged, too: fid.py REAL GENERATED; or say --stats FILE")
+    if args.stats and Path(args.stats).suffix != ".npz":
+        p.error("--stats has to end in .npz")
+    if args.generated and args.real != "drawn_faces" and Path(args.real).resolve() == Path(args.generated).resolve():
+        p.error(f"{args.real} and {args.generated} are the same: any distance between them is 0")
+    if args.weights and args.network == "random":
+        p.error("--network random has no weights: leave out --weights")
+    args.given = {a.dest for a in p._actions for o in a.option_strings for w in (sys.argv[1:] if argv is None else argv)
+                  if w == o or w.startswith(o + "=")}
+    args.mode = args.mode or ("legacy_tensorflow" if args.network == "inception" else "clean")
+    return args
+
+
+# -----------------------------------------------------------------------------
+# The distances. Features are what a network makes of an image: N images, (N, D) numbers.
+
+
+class Moments:
+    """Mean and covariance of features that come in batches and are not kept, in float64 (Chan, Golub, LeVeque 1983)."""
+
+    def __init__(self, dim, device):
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of (x - mean)(x - mean)^T
+
+    def add(self, x):
+        """x: features (B, D), B may be 0."""
+        if len(x):
+            x = x.to(self.mean.device).double()
+            mean = x.mean(0)
+            x = x - mean
+            self.merge(torch.full_like(self.n, len(x)), mean, x.T @ x)
+
+    def merge(self, n, mean, scatter):
+        total, way = self.n + n, mean - self.mean
+        self.scatter += scatter + torch.outer(way, way) * (self.n * n / total)
+        self.mean += way * (n / total)
+        self.n = total
+
+    def gather(self):
+        """What all processes have seen, in each of them."""
+        n = sum_over_ranks(self.n.clone())
+        mean = sum_over_ranks(self.n * self.mean) / n
+        way = self.mean - mean
+        self.scatter = sum_over_ranks(self.scatter + self.n * torch.outer(way, way))
+        self.n, self.mean = n, mean
+
+
+def root(sigma):
+    """A (D, r) with A A^T = sigma (D, D): by Cholesky, or where that does not exist, since there were fewer images than
+    features, by the eigenvectors of all eigenvalues but zeros."""
+    A, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed and A.diagonal().min() > 1e-6 * A.diagonal().max():
+        return A
+    w, v = torch.linalg.eigh(sigma)
+    keep = w > w.max() * len(w) * 1e-15
+    return v[:, keep] * w[keep].sqrt()
+
+
+def gaussian(x):
+    """Features (N, D), or Moments of them -> mean mu and a root A of the covariance, which determine the FID."""
+    if not isinstance(x, Moments):
+        if len(x) <= x.shape[1]:
+            mu = x.double().mean(0)
+            return mu, (x - mu).T / (len(x) - 1) ** 0.5
+        x, features = Moments(x.shape[1], x.device), x
+        x.add(features)
+    return x.mean, root(x.scatter / (x.n - 1))
+
+
+def frechet_distance(mu1, A1, mu2, A2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the covariances S = A A^T, in float64: 1706.08500 eq. 6.
+
+    S1 S2 is not symmetric: its root is slow to find, and rounding makes it complex. But only the trace is asked for,
+    the sum of the roots of the eigenvalues of S1 S2. These are also the eigenvalues of M M^T with M = A1^T A2, which is
+    symmetric and has none below 0."""
+    M = A1.T @ A2
+    M = M if M.shape[0] <= M.shape[1] else M.T
+    trace = torch.linalg.eigvalsh(M @ M.T).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + A1.square().sum() + A2.square().sum() - 2 * trace).item()
+
+
+def fid_and_bias(real, generated):
+    """real, generated: gaussian() of a set and of half of it. -> FID, and by how much it is too high because the sets
+    are finite. This bias is nearly proportional to 1 / N (1911.07023): what halving a set adds is what it has itself. A
+    set that is known by its statistics alone has no half, and is taken as it is."""
+    fid = frechet_distance(*real[0], *generated[0])
+    halved = [frechet_distance(*half, *generated[0]) for half in real[1:]]
+    halved += [frechet_distance(*real[0], *half) for half in generated[1:]]
+    return fid, sum(h - fid for h in halved)
+
+
+def kid(real, generated, subsets=100, size=1000):
+    """Kernel Inception Distance, 1801.01401 section 4: MMD^2, unbiased, with the kernel (x . y / D + 1)^3, of features
+    (N, D) -> mean and standard deviation over random subsets, the ones that torch-fidelity draws."""
+    rng, found, size = np.random.RandomState(2020), [], min(size, len(real), len(generated))
+    for _ in range(subsets):
+        x = generated[rng.choice(len(generated), size, replace=False)].double()
+        y = real[rng.choice(len(real), size, replace=False)].double()
+        xx, yy, xy = (((a @ b.T) / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        own = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        found.append((own / (size * (size - 1)) - 2 * xy.mean()).item())
+    return float(np.mean(found)), float(np.std(found))
+
+
+def inception_score(logits, splits=10):
+    """exp E KL(p(y|x) || p(y)), 1606.03498 section 4, of logits (N, classes) -> mean and standard deviation over splits
+    of the shuffled images, the ones that torch-fidelity makes."""
+    logits = logits[np.random.RandomState(2020).permutation(len(logits))].double()
+    scores, splits = [], min(splits, len(logits))
+    for part in (logits[i * len(logits) // splits:(i + 1) * len(logits) // splits] for i in range(splits)):
+        log_p = part.log_softmax(1)
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # not log of the mean, which may be log 0
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(real, generated, k=3, rows=1024):
+    """Improved precision and recall, 1904.06991 eq. 1 and 2, of features (N, D): the share of generated images that lie
+    in the ball of a real one, which reaches to its k-th neighbour; and the reverse. The distances are computed some
+    rows at a time, because N x N are too many."""
+    def squared(a, b):
+        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+
+    def share(points, centres):
+        radius = torch.cat([squared(a, centres).kthvalue(k + 1).values for a in centres.split(rows)])  # 1st: itself
+        return torch.cat([(squared(a, centres) <= radius).any(1) for a in points.split(rows)]).double().mean().item()
+
+    middle = real.double().mean(0)  # of no effect on distances, but on their rounding
+    real, generated = real.double() - middle, generated.double() - middle
+    return share(generated, real), share(real, generated)
+
+
+# -----------------------------------------------------------------------------
+# Resizing: where "my FID is far from the paper" mostly comes from.
+
+
+@functools.lru_cache(maxsize=256)
+def resize_matrix(n, m, mode, device):
+    """(m, n): how each of m new pixels in a row is mixed of the n old ones.
+
+    legacy_tensorflow: bilinear between two pixels, corner on corner, half a pixel off, as in TensorFlow 1.
+    legacy_pytorch: bilinear between two pixels, centre on centre. Both see only two, and so alias when they shrink.
+    clean: Pillow's bicubic (a = -1/2), over all pixels that fall into one when it shrinks: 2104.11222."""
+    i, scale = torch.arange(m, dtype=torch.float32), n / m
+    if mode == "clean":
+        centre, width = (i.double() + 0.5) * scale, max(scale, 1)
+        d = ((torch.arange(n) + 0.5 - centre[:, None]) / width).abs()
+        near, far = 1.5 * d ** 3 - 2.5 * d ** 2 + 1, -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
+        A = torch.where(d < 1, near, torch.where(d < 2, far, 0))
+        A = A / A.sum(1, keepdim=True)
+    else:
+        x = i * scale if mode == "legacy_tensorflow" else ((i + 0.5) * scale - 0.5).clamp(min=0)
+        low = x.long().clamp(max=n - 1)
+        A = torch.zeros(m, n)
+        A[range(m), low] = 1 - (x - low)
+        A[range(m), (low + 1).clamp(max=n - 1)] += x - low
+    return A.float().to(device)
+
+
+def resize(image, side, mode, device):
+    """uint8 (H, W, 3) -> float (3, side, side) in [0, 255]."""
+    x = torch.from_numpy(image).to(device).permute(2, 0, 1).float()
+    down, right = (resize_matrix(n, side, mode, device) for n in x.shape[1:])
+    return (down @ x @ right.T).clamp(0, 255)
+
+# -----------------------------------------------------------------------------
+# The networks. Each has a `side`, the pixels it wants, and gives features (B, dim); Inception more.
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU. Stride 1 keeps the size unless padding says otherwise."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+        super().__init__()
+        kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        if padding is None:
+            padding = tuple(k // 2 for k in kernel) if stride == 1 else 0
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches of convolutions (c_out, kernel, stride) side by side, and one that begins with pooling; their channels
+    are joined. A list at the end of a branch is a fork, whose convolutions stand side by side as well."""
+
+    def __init__(self, c_in, pool, **branches):
+        super().__init__()
+        self.pool, self.branches = pool, {}
+        for branch, convs in branches.items():
+            c, steps = c_in, []
+            for number, conv in enumerate(convs, 1):
+                fork = dict(zip("ab", conv)) if isinstance(conv, list) else {"": conv}
+                steps.append([f"{branch}_{number}{letter}" if len(convs) > 1 else branch for letter in fork])
+                for name, (c_out, *how) in zip(steps[-1], fork.values()):
+                    self.add_module(name, Conv(c, c_out, *how))
+                c = c_out
+            self.branches[branch] = steps
+
+    def forward(self, x):                                                        # (B, c_in, H, W)
+        if self.pool == "average":
+            pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)           # (B, c_in, H, W)
+        else:
+            pooled = F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else F.max_pool2d(x, 3, 2)
+        out = []
+        for branch, steps in self.branches.items():
+            h = [pooled if branch == "branch_pool" else x]
+            for names in steps:
+                h = [self.get_submodule(name)(h[0]) for name in names]
+            out += h
+        return torch.cat(out + [pooled] * ("branch_pool" not in self.branches), 1)
+
+
+class Inception(nn.Module):
+    """Inception-v3 as TensorFlow published it on 2015-12-05, with the names of pytorch-fid's weight file. Unlike
+    torchvision's, its average pooling leaves out the padding, Mixed_7c takes the maximum, and there are 1,008 classes.
+
+    x (B, 3, 299, 299) -> features (B, 2048), logits (B, 1008) without their bias, as the original code of the Inception
+    Score takes them, and for sFID 7 channels of a layer that still knows places (B, 7 * 17 * 17)."""
+    side, dim, dim_spatial = 299, 2048, 7 * 17 * 17
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2), Conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, padding=0)
+        for name, c_in, c_pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
+            self.add_module(f"Mixed_{name}", Mixed(
+                c_in, "average", branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c_pool, 1)]))
+        self.Mixed_6a = Mixed(288, "halve", branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
+        for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+            self.add_module(f"Mixed_{name}", Mixed(
+                768, "average", branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
+                branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))], branch_pool=[(192, 1)]))
+        self.Mixed_7a = Mixed(768, "halve", branch3x3=[(192, 1), (320, 3, 2)],
+                              branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)])
+        for name, c_in, pool in (("7b", 1280, "average"), ("7c", 2048, "max")):
+            self.add_module(f"Mixed_{name}", Mixed(
+                c_in, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), [(384, (1, 3)), (384, (3, 1))]],
+                branch3x3dbl=[(448, 1), (384, 3), [(384, (1, 3)), (384, (3, 1))]], branch_pool=[(192, 1)]))
+        self.fc = nn.Linear(2048, 1008)
+
+    def normalise(self, x, mode):                                                # [0, 255]
+        return x / 127.5 - 1 if mode == "legacy_pytorch" else (x - 128) / 128    # TensorFlow's misses +1 by 1/128
+
+    def forward(self, x):                                                        # (B, 3, 299, 299)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))        # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))        # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))   # (B, 288, 35, 35)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))        # (B, 768, 17, 17)
+        spatial = x[:, :7].flatten(1)                                            # (B, 2023): mixed_6/conv, 2105.05233
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))        # (B, 2048, 8, 8)
+        features = x.mean((2, 3))                                                # (B, 2048)
+        return features, features @ self.fc.weight.T, spatial
+
+class Block(nn.Module):
+    """A transformer block: attention, then an MLP (in the giant a gated one), each scaled by a learnt vector."""
+
+    def __init__(self, D, hidden, gated):
+        super().__init__()
+        self.gated, self.norm1, self.norm2 = gated, nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.query, self.key, self.value, self.proj = (nn.Linear(D, D) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(D, 2 * hidden if gated else hidden), nn.Linear(hidden, D)
+        self.scale1, self.scale2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+
+    def forward(self, x):                                                        # (B, N, D)
+        h = self.norm1(x)
+        q, k, v = (w(h).unflatten(-1, (-1, 64)).transpose(1, 2) for w in (self.query, self.key, self.value))
+        h = F.scaled_dot_product_attention(q, k, v)                              # (B, D / 64 heads, N, 64)
+        x = x + self.scale1 * self.proj(h.transpose(1, 2).flatten(2))
+        h = self.fc1(self.norm2(x))
+        if self.gated:
+            gate, h = h.chunk(2, -1)
+            h = F.silu(gate) * h
+        else:
+            h = F.gelu(h)
+        return x + self.scale2 * self.fc2(h)                                     # (B, N, D)
+
+
+class DINOv2(nn.Module):
+    """The vision transformer of 2304.07193, small to giant: x (B, 3, 224, 224) -> its class token (B, D), as FD-DINOv2
+    (2306.04675) takes it. tensors: a Hugging Face weight file, which also tells the sizes."""
+    side, dim_spatial = 224, 0
+    NAMES = {"embeddings.patch_embeddings.projection": "patch", "embeddings.": "", "encoder.layer.": "blocks.",
+             "attention.attention.": "", "attention.output.dense": "proj", "mlp.": "", "weights_in": "fc1",
+             "weights_out": "fc2", "layer_scale1.lambda1": "scale1", "layer_scale2.lambda1": "scale2",
+             "layernorm": "norm"}
+
+    def __init__(self, tensors):
+        super().__init__()
+        gated = "encoder.layer.0.mlp.weights_in.weight" in tensors
+        D, _, patch, _ = tensors["embeddings.patch_embeddings.projection.weight"].shape
+        hidden = tensors[f"encoder.layer.0.mlp.{'weights_out' if gated else 'fc2'}.weight"].shape[1]
+        depth = len({k.split(".")[2] for k in tensors if k.startswith("encoder.layer.")})
+        self.dim, self.patch = D, nn.Conv2d(3, D, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.position_embeddings = nn.Parameter(torch.zeros_like(tensors["embeddings.position_embeddings"]))
+        self.blocks = nn.ModuleList([Block(D, hidden, gated) for _ in range(depth)])
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+
+    def translate(self, tensors):
+        """tensors with the names of this class."""
+        def ours(name):
+            for theirs, our in self.NAMES.items():
+                name = name.replace(theirs, our)
+            return name
+        return {ours(k): v for k, v in tensors.items() if k != "embeddings.mask_token"}
+
+    def normalise(self, x, mode):                                                # [0, 255]
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=x.device)[..., None, None]
+        return (x / 255 - mean) / std
+
+    def forward(self, x):                                                        # (B, 3, 224, 224)
+        h = self.patch(x)                                                        # (B, D, 16, 16)
+        first, rest = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        side = math.isqrt(rest.shape[1])                                         # 37, learnt at 518 pixels
+        rest = F.interpolate(rest.transpose(1, 2).unflatten(2, (side, side)), h.shape[2:], mode="bicubic")
+        h = (h + rest).flatten(2).transpose(1, 2)                                # (B, 256, D)
+        h = torch.cat([(self.cls_token + first).expand(len(h), -1, -1), h], 1)   # (B, 257, D)
+        for block in self.blocks:
+            h = block(h)                                                         # (B, 257, D)
+        return self.norm(h)[:, 0], None, None                                    # (B, D)
+
+
+class RandomFeatures(nn.Module):
+    """Four random convolutions, each seen by its mean over the image: colours, edges and textures, but no objects. The
+    seed is fixed, so figures can be compared with one another, though with nothing published."""
+    side, dim, dim_spatial = 64, 960, 0
+
+    def __init__(self):
+        super().__init__()
+        g, widths = torch.Generator().manual_seed(0), [3, 64, 128, 256, 512]
+        self.convs = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1, bias=False) for a, b in zip(widths, widths[1:])])
+        for conv in self.convs:
+            conv.weight.data = torch.randn(conv.weight.shape, generator=g) * (2 / conv.weight[0].numel()) ** 0.5
+
+    def normalise(self, x, mode):                                                # [0, 255]
+        return x / 127.5 - 1
+
+    def forward(self, x):                                                        # (B, 3, 64, 64)
+        found = []
+        for conv in self.convs:
+            x = F.relu(conv(x))
+            found.append(x.mean((2, 3)))
+        return torch.cat(found, 1), None, None                                   # (B, 960)
+
+
+# -----------------------------------------------------------------------------
+# Data: a set of images, in a fixed order, read as they are.
+
+PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+DRAWN = 10_000  # how many drawn faces the reference has, unless --num says otherwise
+
+
+class Images(torch.utils.data.Dataset):
+    """What REAL or GENERATED names: item i is uint8 (H, W, 3), or a sentence why it cannot be read. stats: of a file
+    that has them {mu, sigma, perhaps mu_s, sigma_s of sFID, about}; ADM's reference files have both. Raises Stop."""
+
+    def __init__(self, path, num, size, seed):
+        self.path, self.size, self.array, self.stats, self.zip, p = path, size, None, None, None, Path(path)
+        if path == "drawn_faces":
+            self.names, num, stamps = range(num or DRAWN), None, [inspect.getsource(draw_face), TRAITS, size]
+        elif p.suffix == ".npz" and p.is_file():
+            self.array, self.stats = read_npz(p)
+            self.names = range(0 if self.array is None else len(self.array))
+            stamps = [p.stat().st_size, p.stat().st_mtime_ns]
+        else:
+            self.names, stamps = list_images(p)
+        if not self.names and not self.stats:
+            raise Stop(f"there are no images in {path}")
+        if num and self.names:
+            if num > len(self.names):
+                raise Stop(f"--num {num}: {path} has only {len(self.names)} images")
+            chosen = np.sort(np.random.default_rng(seed).choice(len(self.names), num, replace=False))
+            self.names = [self.names[i] for i in chosen]
+        self.key = hashlib.sha256(repr([stamps, list(self.names)]).encode()).hexdigest()
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        name = self.names[i]
+        try:
+            if self.path == "drawn_faces":
+                return draw_face(0, name, self.size or 64)[0]
+            if self.array is not None:
+                return self.array[name]
+            if os.path.isdir(self.path):
+                return read_image(os.path.join(self.path, name))
+            self.zip = self.zip or zipfile.ZipFile(self.path)  # opened here, because each worker needs its own
+            with self.zip.open(name) as f:
+                return read_image(f)
+        except Exception as e:  # a broken file can raise anything in Pillow or zipfile
+            return f"{name}: {str(e) or type(e).__name__}".splitlines()[0]
+
+
+def read_image(file):
+    """Any image that Pillow opens -> uint8 (H, W, 3), the way the reference tools do it: transparency is dropped, and a
+    camera's note to turn the picture is not heeded."""
+    with Image.open(file) as im:
+        return np.array(im.convert("RGB"))
+
+
+def list_images(path):
+    """A folder (any depth) or .zip -> names in order, and stamps that tell a changed set."""
+    if path.is_dir():
+        files = [(p.relative_to(path).as_posix(), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    else:
+        try:
+            with zipfile.ZipFile(path) as z:
+                files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
+        except (FileNotFoundError, zipfile.BadZipFile):
+            raise Stop(f"{path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
+    files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not ("/" + f[0]).count("/.")
+             and not f[0].startswith("__MACOSX")]
+    return [f[0] for f in files], files
+
+
+def read_npz(path):
+    """-> images uint8 (N, H, W, 3) or None, statistics or None. Raises Stop for anything else."""
+    try:
+        with zipfile.ZipFile(path), np.load(path) as f:
+            found = {k: f[k] for k in ("images", "arr_0", "mu", "sigma", "mu_s", "sigma_s", "about") if k in f}
+    except Exception as e:  # a damaged file can raise anything
+        raise Stop(f"{path} is not a whole .npz file: {e}")
+    array = found.pop("images", found.pop("arr_0", None))
+    if array is not None and (array.dtype != np.uint8 or array.shape[3:] != (3,) or not all(array.shape)):
+        raise Stop(f"{path}: the images have to be uint8 (N, height, width, 3), not {array.dtype} {array.shape}")
+    if array is None and not {"mu", "sigma"} <= set(found):
+        raise Stop(f"{path} holds neither images (images or arr_0) nor statistics (mu and sigma)")
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mu in found:
+            D = found[mu].size
+            if sigma not in found or found[mu].shape != (D,) or found[sigma].shape != (D, D):
+                raise Stop(f"{path}: {mu} has to be (D,) and {sigma} (D, D)")
+            if not np.isfinite(found[mu]).all() or not np.isfinite(found[sigma]).all():
+                raise Stop(f"{path}: {mu} or {sigma} has entries that are not numbers; compute it anew")
+            if not np.allclose(found[sigma], found[sigma].T, rtol=1e-3, atol=1e-6 * found[sigma].max()):
+                raise Stop(f"{path}: {sigma} is not symmetric, so it is no covariance")
+    return array, found if "mu" in found else None
+
+
+FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44), "white": (240, 238, 242),
+        "black": (56, 54, 64), "cream": (240, 210, 166)}
+EYES = {"green": (70, 200, 84), "blue": (52, 148, 255), "amber": (255, 186, 32), "violet": (186, 88, 232)}
+BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 146, 190), "yellow": (255, 212, 52),
+               "purple": (160, 122, 232), "teal": (44, 178, 184)}
+# A face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle of the head,
+# y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on each side. Of ear,
+# head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the whole face down.
+TRAITS = {
+    "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
+                front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
+                       ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
+    "dog": dict(drop=.02, head=(.62, .66), muzzle=(.16, .30, .22, .20), nose=.14,
+                front=[("mark", .62, -.04, .24, .46, -16, .4), ("pink", 0, .56, .11, .15)]),
+    "fox": dict(drop=.12, ear=(.46, -.56, .46, .50, 20, 1.2), head=(.98, .66, 180, .8), muzzle=(.07, .38, .12, .12),
+                nose=.10, front=[("light", .44, .24, .34, .40, 112, 1)]),
+    "bear": dict(drop=.06, ear=(.52, -.48, .24, .24), head=(.74, .66), muzzle=(.12, .28, .22, .19), nose=.14),
+    "rabbit": dict(drop=.36, ear=(.27, -.78, .19, .50, 10), head=(.64, .54), muzzle=(.12, .22, .16, .13), nose=.07,
+                   front=[("white", .045, .37, .045, .08)]),
+    "lion": dict(drop=.02, ear=(.46, -.44, .18, .18), head=(.60, .57), muzzle=(.13, .26, .17, .15), nose=.13,
+                 back=[("mark", .65 * np.sin(a), .65 * np.cos(a), .26, .26) for a in np.linspace(0, np.pi, 8)]),
+    "tiger": dict(drop=.08, ear=(.54, -.46, .21, .21), head=(.76, .64), muzzle=(.16, .27, .21, .18), nose=.12,
+                  front=[("mark", 0, -.45, .07, .19, 180, 1), ("mark", .20, -.44, .07, .16, 190, 1),
+                         ("mark", .57, -.02, .09, .16, 258, 1), ("mark", .55, .18, .09, .16, 280, 1)]),
+    "mouse": dict(drop=.18, ear=(.58, -.46, .40, .40), head=(.72, .60, 180, .35), muzzle=(.08, .33, .13, .11), nose=.08,
+                  front=[("white", .46, .30, .012, .22, 80), ("white", .46, .39, .012, .22, 94)])}
+SPECIES = tuple(TRAITS)
+
+
+def draw_face(seed, index, size):
+    """One animal face -> picture (size, size, 3) uint8, label (its place in SPECIES), caption.
+
+    Species, fur, eyes and background are uniform and independent; position, zoom, tilt, head width, ears, eyes, gaze
+    and light vary a little. All come from (seed, index) alone: another size is the same picture, only sharper."""
+    rng = np.random.default_rng((seed, index))
+    species, fur, eye, ground = (list(t)[rng.integers(len(t))] for t in (SPECIES, FURS, EYES, BACKGROUNDS))
+    dx, dy, zoom, turn, wide, ear_size, perk, eye_size, apart, gaze, lamp_x, lamp_y = rng.uniform(-1, 1, 12).tolist()
+    trait, base, ink, white, pink = TRAITS[species], FURS[fur], (44, 32, 44), (255, 255, 255), (246, 132, 150)
+
+    def blend(a, b, k):
+        return tuple(round(u + (v - u) * k) for u, v in zip(a, b))
+    # stripes, mane and shade are darker than the fur, but paler than black fur, so that they are always seen
+    shade, k = (white, .5) if fur == "black" else ((66, 34, 48), 1)
+    colour = {"fur": base, "dark": blend(base, shade, .28 * k), "mark": blend(base, shade, .52 * k),
+              "light": blend(base, white, .3 + .3 * k), "inner": blend(base, pink, .7), "blush": blend(base, pink, .4),
+              "halo": blend(BACKGROUNDS[ground], white, .25), "eye": EYES[eye], "ink": ink, "white": white,
+              "pink": pink}
+    # back to front: halo, body, ears, head, cheeks, what marks the species, mouth, muzzle, nose, eyes
+    parts = [("halo", 0, 0, .88, .88), ("dark", 0, 1.1, .55, .5), ("light", 0, 1, .26, .4), *trait.get("back", ())]
+    if "ear" in trait:
+        x, y, rx, ry, tilt, tip = (*trait["ear"], 0, 0)[:6]
+        rx, ry, tilt = rx * (1 + .1 * ear_size), ry * (1 + .1 * ear_size), tilt + 6 * perk
+        parts += [("dark", x, y, rx, ry, tilt, tip), ("inner", x, y + .12 * ry, .62 * rx, .68 * ry, tilt, tip)]
+    rx, ry, *tip = trait["head"]
+    x, y, mx, my = trait["muzzle"]
+    nose, r, ex, ey = trait["nose"], .155 + .012 * eye_size, .30 + .02 * apart, -.06
+    parts += [("dark", 0, .02, rx, ry, *tip), ("fur", 0, -.015, .98 * rx, .97 * ry, *tip), ("blush", .45, .2, .12, .08),
+              *trait.get("front", ()), ("ink", 0, y + .7 * my, .7 * mx, .6 * my), ("light", x, y, mx, my),
+              ("light", 0, y - .02, x, .7 * my), ("ink", 0, y + .1 * my, .014, .7 * my),
+              ("ink", 0, y - .5 * my, nose, .75 * nose, 180, .3),
+              ("light", 0, y - .5 * my - .35 * nose, .4 * nose, .15 * nose),
+              ("ink", ex, ey, r, 1.1 * r), ("eye", ex, ey, .84 * r, .94 * r)]
+    parts = [(c, s * x, y, rx, ry, s * tilt, tip) for c, x, y, rx, ry, tilt, tip in ((*p, 0, 0)[:7] for p in parts)
+             for s in ((-1, 1) if x > 0 else (1,))]
+    for x in (-ex, ex):  # not mirrored: both pupils look the same way, both catch-lights show the same lamp
+        parts += [("ink", x + .025 * gaze, ey, .44 * r, .56 * r, 0, 0), ("white", x - .05, ey - .06, .04, .04, 0, 0),
+                  ("white", x + .05, ey + .07, .02, .02, 0, 0)]
+
+    # all outlines at once, x + iy as complex numbers, so that to turn is to multiply                 (parts, 72 points)
+    x, y, rx, ry, tilt, tip = np.array([p[1:] for p in parts]).T[..., None]
+    t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    z = x + 1j * y + (rx * np.sin(t) * np.sin(t / 2) ** tip - 1j * ry * np.cos(t)) * np.exp(1j * np.radians(tilt))
+    middle = .05 * dx + 1j * (trait["drop"] + .04 * dy)
+    z = (z + .05 * wide * z.real) * (.96 + .05 * zoom) * np.exp(1j * np.radians(7 * turn)) + middle
+    fine = size * (4 if size <= 128 else 2)  # drawn larger, then averaged down: Pillow's polygons have hard edges
+    image = Image.new("RGB", (fine, fine), BACKGROUNDS[ground])
+    draw = ImageDraw.Draw(image)
+    for part, outline in zip(parts, ((z.view(float) + 1) * fine / 2 - .5).tolist()):  # pixel centres are at i + 1/2
+        draw.polygon(outline, fill=colour[part[0]])
+
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + .5) * (2 / size) - 1
+    rim = np.exp(-((np.hypot(x - middle.real, y - middle.imag) - .72) / .16) ** 2)  # the soft shadow that rounds a head
+    light = 1.05 - .05 * lamp_x * x - (.07 + .03 * lamp_y) * y - .05 * (x * x + y * y) - .10 * rim
+    picture = np.clip(np.asarray(image.reduce(fine // size)) * light[..., None], 0, 255).astype(np.uint8)
+    caption = f"{'an' if fur == 'orange' else 'a'} {fur} {species} with {eye} eyes on a {ground} background"
+    return picture, SPECIES.index(species), caption
+
+
+# -----------------------------------------------------------------------------
+# Utilities, the same in every script that has them.
+
+
+class Stop(Exception):
+    """Ends the script with one sentence; code is the exit status: 2 for wrong input, 1 for a failure at run time."""
+
+    def __init__(self, sentence, code=2):
+        super().__init__(sentence)
+        self.code = code
+
+
+def pick_device(name):
+    """torch.device for --device; auto takes CUDA, else MPS, else the CPU. Raises Stop when there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if 0 < torch.cuda.device_count() < processes:
+            raise Stop(f"{processes} processes, but {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has its own
+    elif name.startswith("cuda:") and "RANK" in os.environ:
+        raise Stop(f"--device {name} under torchrun: say --device cuda, and each process takes its own GPU")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # raises for a device that is named right but is not there
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise Stop(f"--device {name} cannot be used on this machine: {str(e).splitlines()[0]}")
+
+
+def write_atomically(path, write):
+    """write(file) into path by way of a temporary file: a full disk or a killed process leaves the old one whole."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        e = e.__context__ if isinstance(e.__context__, OSError) else e  # torch.save hides the OSError in a RuntimeError
+        why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+        raise Stop(f"cannot write {path}: {why}; what was there before is intact", 1)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+SAFETENSORS_DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+                      torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+                      torch.uint8: "U8", torch.bool: "BOOL"}  # in the order in which the library writes them
+
+
+def load_safetensors(path):
+    """-> {name: tensor}, memory-mapped, and the metadata. Raises Stop unless offsets, shapes and file agree."""
+    try:
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        start, dtypes = 8 + struct.unpack("<Q", data[:8])[0], {name: d for d, name in SAFETENSORS_DTYPES.items()}
+        header, tensors = json.loads(data[8:start]), {}
+        metadata, end = header.pop("__metadata__", {}), 0
+        if not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("the metadata has to be text")
+        for k, v in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (low, high) = dtypes[v["dtype"]], v["shape"], v["data_offsets"]
+            size_fits = high - low == math.prod(shape) * dtype.itemsize and min(shape + [0]) == 0
+            if not (size_fits and end == low <= high <= len(data) - start):
+                raise ValueError(f"{k} does not fit into it")
+            end = high
+            flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + low) if high > low else []
+            tensors[k] = torch.as_tensor(flat, dtype=dtype).view(shape)
+        if start + end != len(data):
+            raise ValueError("it is too long")
+        return tensors, metadata
+    except OSError as e:
+        raise Stop(f"cannot read {path}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError, OverflowError) as e:
+        hint = "a ckpt.pt is for --resume, model.safetensors beside it for --ckpt" if str(path).endswith(".pt") else e
+        raise Stop(f"{path} is not a whole .safetensors file: {hint}")
+
+
+def load_weights(model, tensors, path):
+    """load_state_dict that says in a sentence why the weights in `path` are not those of this model."""
+    try:
+        model.load_state_dict(tensors)
+    except (AttributeError, RuntimeError, TypeError) as e:
+        details = " ".join(str(e).partition(":")[2].split()) or str(e)
+        raise Stop(f"{path} is of another architecture: {details[:200]}")
+
+
+def download(url, path, is_whole=lambda path: True, tries=5, token=""):
+    """url -> path, on from path.part if that exists, checked against the size the server names. Raises Stop."""
+    part, by_hand = path.with_name(path.name + ".part"), f"fetch {url} by hand and put it at {path}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(tries):
+        have, why = part.stat().st_size if part.exists() else 0, "the connection broke"
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        if token:  # for this server alone: the store that it may point to refuses a second key
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer, \
+                    open(part, "ab" if answer.status == 206 else "wb") as f:  # 200: the whole file, whatever was asked
+                end = f.tell() + int(answer.headers["Content-Length"] or 0)
+                with tqdm(None, path.name, end, initial=f.tell(), unit="B", unit_scale=True, disable=None) as bar:
+                    while block := answer.read1(1 << 20):
+                        bar.update(f.write(block))
+                whole = f.tell() >= end
+            if whole and is_whole(part):
+                os.replace(part, path)
+                return
+            if whole:
+                part.unlink()
+                raise Stop(f"what came is not the file; {by_hand}", 1)
+        except urllib.error.HTTPError as e:
+            if e.code != 416:
+                raise Stop(f"the server says {e.code} {e.reason}; {by_hand}", 1)
+            part.unlink()  # as long as the file or longer: start afresh
+        except (http.client.HTTPException, OSError) as e:
+            why = getattr(e, "reason", e)
+            if not part.exists() or part.stat().st_size == have:
+                break
+    raise Stop(f"the download broke off ({why}); start again to go on, or {by_hand}", 1)
+
+
+def setup(args):
+    """-> device, rank, world. torchrun sets RANK, and then the same file runs as one of WORLD_SIZE processes."""
+    device, rank, world = pick_device(args.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        patience = datetime.timedelta(hours=3)  # the others wait while rank 0 downloads and reads the data
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    torch.set_float32_matmul_precision("high")
+    return device, rank, world
+
+
+def sum_over_ranks(x):
+    """Sum of a tensor over all processes; x itself when there is one."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def stop_at_once(number, frame):
+    """Signal handler: KeyboardInterrupt, as Ctrl-C does by itself, that knows which signal it was."""
+    raise KeyboardInterrupt(number)
+
+
+# -----------------------------------------------------------------------------
+# Weights, extraction, and the figures.
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # torch-fidelity names the same file weights-inception-...
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+DINOV2 = "facebook/dinov2-large"  # the one of FD-DINOv2
+
+
+def where_float64(device):
+    """Where the statistics are computed: MPS has no float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_inception():
+    """The weight file: in data/weights, or where pytorch-fid or torch-fidelity keeps it, or downloaded. Raises Stop."""
+    for path in (Path("data/weights"), Path(torch.hub.get_dir(), "checkpoints")):
+        for name in (INCEPTION, INCEPTION.replace("pt_inception", "weights-inception")):
+            if (path / name).is_file() and sha256(path / name) == INCEPTION_SHA256:
+                return path / name
+    path = Path("data/weights", INCEPTION)
+    download(INCEPTION_URL, path, lambda part: sha256(part) == INCEPTION_SHA256)
+    return path
+
+
+def hub_file(repo, name):
+    """The file `name` of a Hugging Face repository -> its path: in the user's own cache of that hub, or else downloaded
+    once into data/weights, from HF_ENDPOINT and with HF_TOKEN where these are set. Raises Stop."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"), f"models--{repo.replace('/', '--')}")
+    for path in (*sorted(cache.glob(f"snapshots/*/{name}")), Path("data/weights", repo, name)):
+        if path.is_file():
+            return path
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main/{name}"
+    token = os.environ.get("HF_TOKEN", "")
+
+    class Stay(urllib.request.HTTPRedirectHandler):  # the hub names the hash, the store that it points to does not
+        def redirect_request(self, *args):
+            return None
+    digest, request = "", urllib.request.Request(url, method="HEAD")
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.build_opener(Stay).open(request, timeout=30) as answer:
+            headers = answer.headers
+    except urllib.error.HTTPError as e:
+        headers = e.headers  # of the redirection; download() tells of errors
+    except OSError:
+        headers = {}
+    digest = (headers.get("X-Linked-Etag") or "").strip('"')
+    download(url, path, lambda part: len(digest) != 64 or sha256(part) == digest, token=token)
+    return path
+
+
+def shared_file(find, rank, world):
+    """find(), first in one process of each node, to download nothing twice. When one fails, all raise its Stop."""
+    result = None
+    for turn in (True, False):
+        if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn:
+            try:
+                result = find()
+            except Stop as e:
+                result = e
+        results = [result] * world
+        if world > 1:
+            dist.all_gather_object(results, result)
+        for failed in results:
+            if isinstance(failed, Stop):
+                raise failed
+    return result
+
+
+def load_network(args, device, rank, world):
+    """The network that --network names, ready for use, and what tells its weights. Raises Stop."""
+    if args.network != "random":
+        finds = dict(inception=find_inception, dinov2=functools.partial(hub_file, DINOV2, "model.safetensors"))
+        try:
+            path = args.weights or shared_file(finds[args.network], rank, world)
+        except Stop as e:
+            if "network" in args.given or args.network != "inception":
+                raise
+            if rank == 0:
+                print(f"fid.py: {e}\nfid.py: so --network random it is: no figure can be compared with published ones",
+                      file=sys.stderr, flush=True)
+            args.network, args.mode = "random", "clean"
+    if args.network == "random":
+        net, about = RandomFeatures(), "fixed seed 0"
+    else:
+        if str(path).endswith(".safetensors"):
+            tensors = load_safetensors(path)[0]
+        else:
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as e:  # a damaged file can raise anything
+                raise Stop(f"cannot read the weights in {path}: {getattr(e, 'strerror', None) or type(e).__name__}")
+        try:
+            net = Inception() if args.network == "inception" else DINOv2(tensors)
+            load_weights(net, net.translate(tensors) if args.network == "dinov2" else tensors, path)
+        except (KeyError, ValueError):
+            raise Stop(f"{path} does not hold the weights of {args.network}")
+        about = "sha256 " + sha256(path)
+    net.eval().requires_grad_(False)
+    for m in net.modules():
+        if isinstance(m, Conv):
+            m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
+    return net.to(device, memory_format=torch.channels_last), about  # with the norms folded in, 1.7 times the speed
+
+
+@torch.inference_mode()
+def extract(images, net, args, device, rank, world, keep, stream):
+    """Run the network over a set. The processes share the work, and all have the result. Raises Stop. -> dict:
+
+    kept: of each name in `keep` (features, logits, spatial) the values (N, D)
+    halves: of each name in `stream` the Moments of the images with even numbers, and of the others
+    sizes: how many images have which; broken: a sentence about each that cannot be read."""
+    N, B, mine = len(images), args.batch, range(rank, len(images), world)
+    where = where_float64(device)
+    dims = dict(features=net.dim, logits=1008, spatial=net.dim_spatial)
+    if N <= 2 * net.dim:  # so few take less room than their Moments
+        keep, stream = keep | stream, set()
+    kept = {name: torch.zeros(N, dims[name], device=where) for name in sorted(keep)}
+    halves = {name: [Moments(dims[name], where) for _ in range(2)] for name in sorted(stream)}
+    sizes, broken, read = Counter(), [], torch.zeros(N, device=where)
+    workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, mine), B, num_workers=workers, collate_fn=list)
+    with tqdm(None, Path(images.path).name, len(mine), unit="img", disable=True if rank else None) as bar:
+        for k, batch in enumerate(loader):
+            bar.update(len(batch))
+            broken += [image for image in batch if isinstance(image, str)]
+            i = torch.tensor([j for j, image in zip(mine[k * B:], batch) if not isinstance(image, str)], device=where)
+            batch = [image for image in batch if not isinstance(image, str)]
+            if not batch:
+                continue
+            read[i] = 1
+            sizes.update(f"{image.shape[1]}x{image.shape[0]}" for image in batch)
+            x = torch.stack([resize(image, net.side, args.mode, device) for image in batch])
+            x = net.normalise(x, args.mode).contiguous(memory_format=torch.channels_last)
+            values = dict(zip(("features", "logits", "spatial"), net(x)))
+            if not values["features"].isfinite().all():
+                raise Stop(f"some features of {images.path} are no numbers: are the network's weights whole?", 1)
+            for name in kept:
+                kept[name][i] = values[name].to(where)
+            for name, pair in halves.items():
+                for odd, half in enumerate(pair):
+                    half.add(values[name].to(where)[i % 2 == odd])
+    for half in sum(halves.values(), []):
+        half.gather()
+    whole = sum_over_ranks(read) > 0
+    kept = {name: sum_over_ranks(values)[whole] for name, values in kept.items()}
+    everyone = [(sizes, broken)] * world
+    if world > 1:
+        dist.all_gather_object(everyone, (sizes, broken))
+    sizes, broken = sum((s for s, _ in everyone), Counter()), sum((b for _, b in everyone), [])
+    if len(broken) > 0.05 * N:
+        raise Stop(f"{len(broken)} of the {N} images in {images.path} cannot be read, among them {broken[0]}")
+    return dict(kept=kept, halves=halves, sizes=dict(sizes), broken=broken)
+
+
+def look(images, net, weights, args, *how):
+    """extract(), or what it gave for the same images, network and settings before, when --cache asks for that."""
+    what = [images.key, args.network, weights, args.mode, sorted(how[-2]), sorted(how[-1])]
+    path = Path("data/cache", f"fid-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.pt")
+    device, rank, world = how[:3]
+    if args.cache and sum_over_ranks(torch.tensor(float(path.exists()), device=device)) == world:
+        found = torch.load(path, map_location=where_float64(device), weights_only=True)
+        for pair in found["halves"].values():
+            for i, saved in enumerate(pair):
+                pair[i] = Moments(0, "cpu")
+                vars(pair[i]).update(saved)
+        return found
+    found = extract(images, net, args, *how)
+    if args.cache and rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain = found | dict(halves={k: [vars(half) for half in pair] for k, pair in found["halves"].items()})
+        write_atomically(path, functools.partial(torch.save, plain))
+    return found
+
+
+def gaussians(images, found, name, device):
+    """What fid_and_bias() takes: gaussian() of the set and of half of it, of its features or (sFID) spatial ones."""
+    if images.stats:
+        mu, sigma = (torch.from_numpy(images.stats[k]).double().to(device) for k in
+                     (("mu", "sigma") if name == "features" else ("mu_s", "sigma_s")))
+        return [(mu, root(sigma))]
+    if name in found["kept"]:
+        x = found["kept"][name]
+        return [gaussian(x)] + ([gaussian(x[::2])] if len(x) > 3 else [])
+    even, odd = found["halves"][name]
+    both = copy.deepcopy(even)
+    both.merge(odd.n, odd.mean, odd.scatter)
+    return [gaussian(both), gaussian(even)]
+
+
+def what_cannot_be_had(sets, network):
+    """{metric: why} for the metrics that these sets and features do not allow."""
+    why = {} if network == "inception" else dict.fromkeys(("is", "sfid"), f"--network {network} has nothing for it")
+    for name, images in sets.items():
+        if not images.names:
+            lost = ("kid", "pr", "is") if name == "generated" else ("kid", "pr")
+            why |= dict.fromkeys(lost, f"{images.path} holds statistics, not images")
+        elif len(images) < 4:
+            why["pr"] = f"{images.path} has fewer than 4 images"
+        if images.stats and "mu_s" not in images.stats:
+            why["sfid"] = f"{images.path} has no mu_s and sigma_s"
+    return why
+
+
+def evaluate(args):
+    """All that was asked for -> dict of the figures and of what they depend on. Raises Stop."""
+    device, rank, world = setup(args)
+    torch.set_float32_matmul_precision("highest")  # TF32 is coarser, and moves a FID
+    torch.backends.cudnn.allow_tf32 = False
+    where = where_float64(device)
+    sets = {}
+    for name, path in (("generated", args.generated), ("real", args.real)):
+        if path:
+            sets[name] = images = Images(path, args.num, args.size, args.seed)
+            if len(images) == 1:
+                raise Stop(f"{path} has 1 image; a covariance takes at least 2")
+            if name == "generated" and images.names and args.real == "drawn_faces" and args.size is None:
+                args.size = next((len(image) for image in images if not isinstance(image, str)), None)
+    why = what_cannot_be_had(sets, args.network)
+    for metric in args.metrics if "metrics" in args.given else ():
+        if metric in why:
+            raise Stop(f"--metrics {metric} cannot be had: {why[metric]}")
+    metrics = [m for m in args.metrics if m not in why]
+
+    net, weights = None, None
+    if any(not images.stats or set(metrics) & {"kid", "pr", "is"} for images in sets.values()):
+        net, weights = load_network(args, device, rank, world)
+        why |= what_cannot_be_had(sets, args.network)  # the network may be another than the one that was asked for
+        metrics = [m for m in metrics if m not in why]
+    about, seen, figures = dict(network=args.network, weights=weights, mode=args.mode), {}, {}
+    made = {i.path: json.loads(str(i.stats["about"])) for i in sets.values() if i.stats and "about" in i.stats}
+    made |= {"this run": about} if net else {}
+    dims = {i.path: i.stats["mu"].size if i.stats else net.dim for i in sets.values()}
+    for what in (made, dims | ({"this run": net.dim} if net else {})):
+        if len({str(value) for value in what.values()}) > 1:
+            raise Stop("these features cannot be compared: " + "; ".join(f"{k}: {v}" for k, v in what.items()))
+    for name, images in sets.items():
+        needs = {"features"} if {"kid", "pr"} & set(metrics) else set()
+        needs |= {"logits"} if "is" in metrics and name == "generated" else set()
+        stream = {"features"} | ({"spatial"} if "sfid" in metrics else set()) if not images.stats else set()
+        seen[name] = look(images, net, weights, args, device, rank, world, needs, stream) if needs or stream else None
+    if rank:
+        return None
+    if args.stats:
+        save_statistics(args.stats, sets["real"], seen["real"], about, where)
+    with torch.inference_mode():
+        if args.generated:
+            figures = compute(metrics, sets, seen, where)
+    described = {name: dict(name=images.path, images=sum(seen[name]["sizes"].values()) if seen[name] else None,
+                            sizes=seen[name]["sizes"] if seen[name] else None,
+                            broken=seen[name]["broken"] if seen[name] else [], statistics=bool(images.stats))
+                 for name, images in sets.items()}
+    return dict(**figures, **about, **described, left_out=why, dim=dims[args.real], num=args.num, seed=args.seed,
+                device=str(device), processes=world, torch=torch.__version__)
+
+
+def compute(metrics, sets, seen, device):
+    """The figures, by name."""
+    figures, kept = {}, {name: found["kept"] for name, found in seen.items() if found}
+    for metric, name in (("fid", "features"), ("sfid", "spatial")):
+        if metric in metrics:
+            pair = [gaussians(sets[s], seen[s], name, device) for s in ("real", "generated")]
+            figures[metric], figures[f"{metric}_bias"] = fid_and_bias(*pair)
+    if "kid" in metrics:
+        figures["kid"], figures["kid_std"] = kid(kept["real"]["features"], kept["generated"]["features"])
+    if "is" in metrics:
+        figures["is"], figures["is_std"] = inception_score(kept["generated"]["logits"])
+    if "pr" in metrics:
+        both = kept["real"]["features"], kept["generated"]["features"]
+        figures["precision"], figures["recall"] = precision_recall(*both)
+    return figures
+
+
+def save_statistics(path, images, found, about, device):
+    """mu and sigma as pytorch-fid reads them, of sFID mu_s and sigma_s, and what they were made with."""
+    if images.stats:
+        raise Stop(f"{images.path} holds statistics already: --stats takes images")
+    arrays = dict(about=json.dumps(about))
+    for name, suffix in (("features", ""), ("spatial", "_s")):
+        if name in found["kept"] or name in found["halves"]:
+            mu, A = gaussians(images, found, name, device)[0]
+            arrays |= {f"mu{suffix}": mu.cpu().numpy(), f"sigma{suffix}": (A @ A.T).cpu().numpy()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), lambda f: np.savez(f, **arrays))
+
+
+def table(report):
+    """The report for people."""
+    lines = []
+    for name in ("real", "generated"):
+        if name in report:
+            r = report[name]
+            sizes = sorted((r["sizes"] or {}).items(), key=lambda item: -item[1])
+            how = f"{r['images']:,} images of " + ", ".join(s for s, _ in sizes[:3]) + (
+                f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else "") if sizes else "statistics"
+            lines.append(f"{name:<10} {r['name']}: {how}" + " (and statistics)" * bool(sizes and r["statistics"]))
+            if r["broken"]:
+                lines.append(f"{'':<10} left out, because they cannot be read: {len(r['broken'])}: "
+                             + "; ".join(r["broken"][:9]))
+    if report["weights"]:
+        lines.append(f"{'features':<10} {report['network']} ({report['dim']}), {report['weights'][:23]}, "
+                     f"mode {report['mode']}, torch {report['torch']}, {report['device']} x {report['processes']}")
+    for key in ("fid", "kid", "is", "precision", "recall", "sfid"):
+        if key in report:
+            spread = f" +- {report[key + '_std']:.4g}" if key + "_std" in report else ""
+            bias = report.get(key + "_bias", 0)
+            note = f" (about {bias:.3g} of it because the sets are finite)" if bias > 0.005 * abs(report[key]) else ""
+            lines.append(f"{key:<10} {report[key]:.6g}{spread}{note}")
+    lines += [f"{metric:<10} left out: {why}" for metric, why in report["left_out"].items()]
+    few = min(report[name]["images"] or math.inf for name in ("real", "generated") if name in report)
+    if "fid" in report and few < report["dim"]:
+        lines.append(f"Careful: {few:,} images for {report['dim']:,} features. Compare only with figures of as "
+                     "many images; papers take 50,000.")
+    if report["network"] == "random" and report["weights"]:
+        lines.append("Careful: --network random compares with nothing published, only with itself.")
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# Start: what was asked for, and one sentence with an exit status when it cannot be had.
+
+
+def main(argv=None):
+    """-> the exit status: 0, 1 for a failure at run time, 2 for wrong input, 130 or 143 after Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, stop_at_once)
+    sentence, code = None, 0
+    try:
+        args = parse_args(argv)
+        report = evaluate(args)
+        if report:
+            print(table(report), file=sys.stderr if args.json else sys.stdout, flush=True)
+            if args.stats:
+                print(f"statistics of {args.real} in {args.stats}", file=sys.stderr, flush=True)
+            if args.json:
+                print(json.dumps(report), flush=True)
+    except Stop as e:
+        sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
+    except KeyboardInterrupt as e:
+        sentence, code = "stopped at once; nothing was written", 128 + (e.args or (2,))[0]
+    except OSError as e:
+        sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
+    except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own
+        if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
+            raise
+        sentence, code = "out of memory: lower --batch, or take --metrics fid alone", 1
+    if sentence:  # before the next line, which can wait for ranks that are gone
+        print(f"fid.py: {sentence}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
