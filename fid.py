@@ -9,7 +9,8 @@
     python fid.py data/real samples.npz --json | jq .fid
     torchrun --nproc_per_node=8 fid.py data/imagenet samples.npz
 
-Expected: EXPECTED
+Expected, on two cores (shared AMD EPYC, torch 2.13.0): 24 images/s through Inception, 0.9 s for a distance of 2048
+dimensions; against torch-fidelity, pytorch-fid and clean-fid 2.2 to 2.4 times the speed (README.md). GPU: not measured.
 Weights (Inception: 96 MB, DINOv2-L: 1.2 GB) are downloaded once into data/weights; an Inception file that pytorch-fid
 or torch-fidelity left in torch's cache is used where it lies. Writes nothing else, unless --stats or --cache says so.
 
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     g.add_argument("--weights", metavar="FILE", help="its weights, instead of a download")
     g.add_argument("--mode", choices=MODES, help="how images are resized; unless given clean, for inception "
                    "legacy_tensorflow")
-    g.add_argument("--num", type=int, help="take so many of each set, at random by --seed (of drawn_faces: 10,000)")
+    g.add_argument("--num", type=int, help="at most so many of each set, at random by --seed (of drawn_faces: 10,000)")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     g = p.add_argument_group("output and system")
@@ -260,6 +261,7 @@ def resize(image, side, mode, device):
     x = torch.from_numpy(image).to(device).permute(2, 0, 1).float()
     down, right = (resize_matrix(n, side, mode, device) for n in x.shape[1:])
     return (down @ x @ right.T).clamp(0, 255)
+
 
 # -----------------------------------------------------------------------------
 # The networks. Each has a `side`, the pixels it wants, and gives features (B, dim); Inception more.
@@ -469,9 +471,7 @@ class Images(torch.utils.data.Dataset):
             self.names, stamps = list_images(p)
         if not self.names and not self.stats:
             raise Stop(f"there are no images in {path}")
-        if num and self.names:
-            if num > len(self.names):
-                raise Stop(f"--num {num}: {path} has only {len(self.names)} images")
+        if num and num < len(self.names):
             chosen = np.sort(np.random.default_rng(seed).choice(len(self.names), num, replace=False))
             self.names = [self.names[i] for i in chosen]
         self.key = hashlib.sha256(repr([stamps, list(self.names)]).encode()).hexdigest()

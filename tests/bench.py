@@ -571,6 +571,7 @@ def random_inception(path):
 def fid_run(tool, mode, weights, real, generated):
     """-> FID, seconds, peak of the resident set in GiB."""
     torch.set_num_threads(THREADS)
+    multiprocessing.set_start_method("fork", force=True)  # as everywhere on Linux; this process has inherited "spawn"
     if tool == "fid.py":
         def work():
             out, flags = io.StringIO(), ["--weights", weights, "--mode", mode, "--metrics", "fid", "--json"]
@@ -627,6 +628,7 @@ def part_fid(args):
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
                     found[tool] = fresh.submit(fid_run, tool, mode, weights, *sets).result()
             (ours, a, room), (theirs, b, more) = found["fid.py"], found[peer]
+            print(found, file=sys.stderr, flush=True)
             rows.append([f"{b / a:.2f}", f"{room / more:.2f}", f"{abs(ours / theirs - 1):.0e}",
                          f"{mode}: {ours:.6g}, {a:.0f} s, {2 * n / a:.1f} images/s, {room:.2f} GiB",
                          f"{peer}: {theirs:.6g}, {b:.0f} s, {more:.2f} GiB"])
