@@ -271,13 +271,13 @@ def test_the_network_as_a_velocity():
     torch.testing.assert_close(x0_model(xt, t), want)
     unet = ddpm_images.UNet(16, 4, 32, [1, 2], 1, 8, 0.0).double()
     unet.load_state_dict(v_model.state_dict())
-    torch.testing.assert_close(out, unet(xt, 1000 * t))  # the same network as in ddpm_images.py
+    torch.testing.assert_close(out, unet(xt, mm.T_SCALE * t))  # the same network as in ddpm_images.py
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(out, unet(xt, 999 * t))
+        torch.testing.assert_close(out, unet(xt, (mm.T_SCALE - 1) * t))
     labelled, y = tiny_model("--pred", "v", "--class_cond"), torch.tensor([0, 7, 8])
     unet = ddpm_images.UNet(16, 4, 32, [1, 2], 1, 8, 0.0, n_classes=8).double()
     unet.load_state_dict(labelled.state_dict())
-    torch.testing.assert_close(labelled(xt, t, y), unet(xt, 1000 * t, y))
+    torch.testing.assert_close(labelled(xt, t, y), unet(xt, mm.T_SCALE * t, y))
     assert ((labelled(xt, t, y) - labelled(xt, t)).abs().amax((1, 2, 3)) > 1e-6).tolist() == [True, True, False]
     two = tiny_model("--meanflow")
     torch.testing.assert_close(two(xt, t), two(xt, t, None, t))
