@@ -728,7 +728,8 @@ def save_png(path, picture):
     """uint8 (H, W, 3) -> file, small pictures enlarged by a whole number so that pixels can be seen."""
     k = max(1, 512 // max(picture.shape[:2]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.repeat(k, 0).repeat(k, 1)).save(path)
+    image = Image.fromarray(picture.repeat(k, 0).repeat(k, 1))
+    write_atomically(path, lambda f: image.save(f, "PNG"))  # training.gif reads grids: none may be cut short
 
 
 def save_gif(path, frames, ms=120):
@@ -918,7 +919,7 @@ def begin_log(out, start, resumed):
         if not resumed and (out / name).exists():
             os.replace(out / name, out / f"{name}.old")
             print(f"{out / name} of an earlier run is now {name}.old", flush=True)
-    for part in out.glob("*.part"):  # of a run that was killed while it wrote
+    for part in out.rglob("*.part"):  # of a run that was killed while it wrote
         part.unlink()
     for grid in out.glob("samples/*.png"):
         if grid.stem.isdecimal() and (not resumed or int(grid.stem) > start):
