@@ -485,7 +485,7 @@ class Images(torch.utils.data.Dataset):
             if self.path == "drawn_faces":
                 return draw_face(0, name, self.size or 64)[0]
             if self.array is not None:
-                return self.array[name]
+                return np.array(self.array[name])
             if os.path.isdir(self.path):
                 return read_image(os.path.join(self.path, name))
             self.zip = self.zip or zipfile.ZipFile(self.path)  # opened here, because each worker needs its own
@@ -518,14 +518,28 @@ def list_images(path):
     return [f[0] for f in files], files
 
 
+def map_array(path, member, loaded, name):
+    """An array of an .npz file, left on the disk unless it is compressed: 50,000 images of 256 pixels are 10 GB."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        return loaded[name]
+    with open(path, "rb") as f:
+        f.seek(member.header_offset + 26)
+        f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)  # the lengths of a name and of extra fields follow
+        version = np.lib.format.read_magic(f)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(f)
+        return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+
+
 def read_npz(path):
     """-> images uint8 (N, H, W, 3) or None, statistics or None. Raises Stop for anything else."""
     try:
-        with zipfile.ZipFile(path), np.load(path) as f:
-            found = {k: f[k] for k in ("images", "arr_0", "mu", "sigma", "mu_s", "sigma_s", "about") if k in f}
+        with zipfile.ZipFile(path) as z, np.load(path) as f:
+            found = {k: f[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "about") if k in f}
+            name = next((k for k in ("images", "arr_0") if k in f), None)
+            array = None if name is None else map_array(path, z.getinfo(f"{name}.npy"), f, name)
     except Exception as e:  # a damaged file can raise anything
         raise Stop(f"{path} is not a whole .npz file: {e}")
-    array = found.pop("images", found.pop("arr_0", None))
     if array is not None and (array.dtype != np.uint8 or array.shape[3:] != (3,) or not all(array.shape)):
         raise Stop(f"{path}: the images have to be uint8 (N, height, width, 3), not {array.dtype} {array.shape}")
     if array is None and not {"mu", "sigma"} <= set(found):

@@ -1,10 +1,13 @@
 """fid.py against closed forms, against pytorch-fid, torch-fidelity and clean-fid, and as its users call it."""
+import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -310,15 +313,18 @@ def test_all_kinds_of_sets_agree(capsys):
     pictures = np.stack([np.asarray(Image.open(f)) for f in files])
     np.savez("images.npz", images=pictures)
     np.savez_compressed("adm.npz", arr_0=pictures, mu=np.zeros(960), sigma=np.eye(960))
-    np.savez("arr.npz", arr_0=pictures)
+    np.savez("arr.npz", arr_0=np.asfortranarray(pictures))
+    np.savez_compressed("small.npz", images=pictures)
     assert run("set", "--stats", "stats/set.npz", *R) == 0
     first = figures(capsys, "set", "other", *R)
-    for kind in ("set.zip", "images.npz", "arr.npz"):
+    for kind in ("set.zip", "images.npz", "arr.npz", "small.npz"):
         again = figures(capsys, kind, "other", *R)
         for key in ("fid", "kid", "precision", "recall"):
             assert again[key] == pytest.approx(first[key], rel=1e-9)
     again = figures(capsys, "stats/set.npz", "other", *R)
     assert again["fid"] == pytest.approx(first["fid"], rel=1e-6) and "kid" not in again and "kid" in again["left_out"]
+    with mock.patch.object(np.lib.npyio.NpzFile, "__getitem__", lambda f, k: 1 / 0):  # read where they lie
+        assert isinstance(mm.read_npz(Path("images.npz"))[0], np.memmap)
     mixed = figures(capsys, "adm.npz", "other", *R)  # as ADM's references: FID by the statistics, the rest by the images
     assert mixed["kid"] == pytest.approx(first["kid"]) and mixed["fid"] != pytest.approx(first["fid"])
     with np.load("stats/set.npz") as f:
@@ -412,6 +418,56 @@ def test_weights_that_torch_already_has_are_used(monkeypatch, inception_file):
         mm.find_inception()
     monkeypatch.setattr(mm, "INCEPTION_SHA256", mm.sha256(inception_file))
     assert mm.find_inception() == path
+
+
+@pytest.mark.parametrize("digest, token", [("right", "secret"), ("wrong", ""), ("none", "")])
+def test_a_file_of_the_hub(digest, token, monkeypatch):
+    """The hub names the hash and points to a store; the token is for the hub, never for the store."""
+    body, seen = os.urandom(3000), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.command, self.path, self.headers.get("Authorization")))
+            store = self.path == "/store"
+            self.send_response(200 if store else 302)
+            if not store:
+                self.send_header("Location", f"http://localhost:{self.server.server_port}/store")
+                if digest != "none":
+                    named = hashlib.sha256(body if digest == "right" else b"other").hexdigest()
+                    self.send_header("X-Linked-Etag", f'"{named}"')
+            self.send_header("Content-Length", str(len(body) if store else 0))
+            self.end_headers()
+            if store and self.command == "GET":
+                self.wfile.write(body)
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_CACHE", "hub")
+    monkeypatch.setenv("HF_TOKEN", token)
+    try:
+        if digest == "wrong":
+            with pytest.raises(mm.Stop, match="what came is not the file"):
+                mm.hub_file("some/repo", "model.safetensors")
+            assert not list(Path("data/weights").rglob("model.safetensors"))
+            return
+        path = mm.hub_file("some/repo", "model.safetensors")
+        assert path == Path("data/weights/some/repo/model.safetensors") and path.read_bytes() == body
+        link, key = "/some/repo/resolve/main/model.safetensors", f"Bearer {token}" if token else None
+        assert seen == [("HEAD", link, key), ("GET", link, key), ("GET", "/store", None)]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert mm.hub_file("some/repo", "model.safetensors") == path and len(seen) == 3  # not again
+    users = Path("hub/models--some--repo/snapshots/0123/model.safetensors")
+    users.parent.mkdir(parents=True)
+    users.write_bytes(b"")
+    assert mm.hub_file("some/repo", "model.safetensors") == users
 
 
 BAD = {
