@@ -79,7 +79,7 @@ def parse_args(argv=None):
     g.add_argument("--weights", metavar="FILE", help="its weights, instead of a download")
     g.add_argument("--mode", choices=MODES, help="how images are resized; unless given clean, for inception "
                    "legacy_tensorflow")
-    g.add_argument("--num", type=int, help="at most so many of each set, at random by --seed (of drawn_faces: 10,000)")
+    g.add_argument("--num_images", type=int, help="of each set at most so many, by --seed (of drawn_faces: 10,000)")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     g = p.add_argument_group("output and system")
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     args.metrics = [m.strip() for m in args.metrics.split(",")]
     if not set(args.metrics) <= set(METRICS):
         p.error(f"--metrics takes some of {','.join(METRICS)}")
-    for name in "num size batch".split():
+    for name in "num_images size batch".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} has to be at least 1")
     if args.generated is None and not args.stats:
@@ -179,13 +179,16 @@ def frechet_distance(mu1, A1, mu2, A2):
 
 
 def fid_and_bias(real, generated):
-    """real, generated: gaussian() of a set and of half of it. -> FID, and by how much it is too high because the sets
-    are finite. This bias is nearly proportional to 1 / N (1911.07023): what halving a set adds is what it has itself. A
-    set that is known by its statistics alone has no half, and is taken as it is."""
-    fid = frechet_distance(*real[0], *generated[0])
-    halved = [frechet_distance(*half, *generated[0]) for half in real[1:]]
-    halved += [frechet_distance(*real[0], *half) for half in generated[1:]]
-    return fid, sum(h - fid for h in halved)
+    """real, generated: gaussian() of a set, and of its two halves. -> FID, and by how much it is too high because the
+    sets are finite. This bias is nearly proportional to 1 / N (1911.07023): what halving a set adds is what it has
+    itself. Both halves, because their means lie on either side of the whole's, which cancels. A set that is known by
+    its statistics alone has no halves, and is taken as it is."""
+    fid, bias = frechet_distance(*real[0], *generated[0]), 0.0
+    for half in real[1:]:
+        bias += (frechet_distance(*half, *generated[0]) - fid) / 2
+    for half in generated[1:]:
+        bias += (frechet_distance(*real[0], *half) - fid) / 2
+    return fid, bias
 
 
 def kid(real, generated, subsets=100, size=1000):
@@ -452,7 +455,7 @@ class RandomFeatures(nn.Module):
 # Data: a set of images, in a fixed order, read as they are.
 
 PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-DRAWN = 10_000  # how many drawn faces the reference has, unless --num says otherwise
+DRAWN = 10_000  # how many drawn faces the reference has, unless --num_images says otherwise
 
 
 class Images(torch.utils.data.Dataset):
@@ -977,18 +980,18 @@ def look(images, net, weights, args, *how):
 
 
 def gaussians(images, found, name, device):
-    """What fid_and_bias() takes: gaussian() of the set and of half of it, of its features or (sFID) spatial ones."""
+    """What fid_and_bias() takes: gaussian() of the set and of its halves, of its features or (sFID) spatial ones."""
     if images.stats:
         mu, sigma = (torch.from_numpy(images.stats[k]).double().to(device) for k in
                      (("mu", "sigma") if name == "features" else ("mu_s", "sigma_s")))
         return [(mu, root(sigma))]
     if name in found["kept"]:
         x = found["kept"][name]
-        return [gaussian(x)] + ([gaussian(x[::2])] if len(x) > 3 else [])
+        return [gaussian(x)] + ([gaussian(x[::2]), gaussian(x[1::2])] if len(x) > 3 else [])
     even, odd = found["halves"][name]
     both = copy.deepcopy(even)
     both.merge(odd.n, odd.mean, odd.scatter)
-    return [gaussian(both), gaussian(even)]
+    return [gaussian(both), gaussian(even), gaussian(odd)]
 
 
 def what_cannot_be_had(sets, network):
@@ -1014,7 +1017,7 @@ def evaluate(args):
     sets = {}
     for name, path in (("generated", args.generated), ("real", args.real)):
         if path:
-            sets[name] = images = Images(path, args.num, args.size, args.seed)
+            sets[name] = images = Images(path, args.num_images, args.size, args.seed)
             if len(images) == 1:
                 raise Stop(f"{path} has 1 image; a covariance takes at least 2")
             if name == "generated" and images.names and args.real == "drawn_faces" and args.size is None:
@@ -1053,8 +1056,8 @@ def evaluate(args):
                             sizes=seen[name]["sizes"] if seen[name] else None,
                             broken=seen[name]["broken"] if seen[name] else [], statistics=bool(images.stats))
                  for name, images in sets.items()}
-    return dict(**figures, **about, **described, left_out=why, dim=dims[args.real], num=args.num, seed=args.seed,
-                device=str(device), processes=world, torch=torch.__version__)
+    return dict(**figures, **about, **described, left_out=why, dim=dims[args.real], num_images=args.num_images,
+                seed=args.seed, device=str(device), processes=world, torch=torch.__version__)
 
 
 def compute(metrics, sets, seen, device):

@@ -125,15 +125,19 @@ def test_rank_deficient_distance_is_right():
     assert mm.frechet_distance(*mm.gaussian(x), *mm.gaussian(x)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("shift", [0, 0.5])
 @pytest.mark.parametrize("n", [40, 1000])
-def test_the_bias_is_what_it_says(n):
-    """Both sets from N(0, I): the true distance is 0, so all of the FID is bias."""
-    g, told = torch.Generator().manual_seed(0), []
+def test_the_bias_is_what_it_says(n, shift):
+    """Two normal distributions of one covariance: the true distance is that of their means, what is over is bias. Also
+    where the true distance is the larger part, and a single half, off to one side, would tell nothing."""
+    g, told, real = torch.Generator().manual_seed(0), [], []
     for _ in range(5):
         x, y = torch.randn(2, n, 64, dtype=torch.float64, generator=g)
-        fid, bias = mm.fid_and_bias(*([mm.gaussian(f), mm.gaussian(f[::2])] for f in (x, y)))
-        told.append(bias / fid)
-    assert np.mean(told) == pytest.approx(1, abs=0.35 if n == 40 else 0.15)
+        fid, bias = mm.fid_and_bias(*([mm.gaussian(part) for part in (f, f[::2], f[1::2])] for f in (x, y + shift)))
+        told.append(bias)
+        real.append(fid - 64 * shift ** 2)
+        assert bias == pytest.approx(told[0], rel=0.2)
+    assert np.mean(told) == pytest.approx(np.mean(real), rel=0.35 if n == 40 else 0.2)
 
 
 def features(n, m, d=24):
@@ -344,11 +348,11 @@ def test_streaming_equals_keeping(capsys, monkeypatch):
     few = figures(capsys, "a", "b", *R)
     assert few["dim"] == 10 and few["fid"] < kept["fid"] and cut
     net = mm.RandomFeatures().eval()
-    x = [torch.cat([net(net.normalise(mm.resize(np.asarray(Image.open(f)), 64, "clean", "cpu")[None], ""))[0]
+    x = [torch.cat([net(net.normalise(mm.resize(np.array(Image.open(f)), 64, "clean", "cpu")[None], ""))[0]
                     for f in sorted(Path(folder).iterdir())]) for folder in "ab"]
     expected = mm.frechet_distance(*mm.gaussian(x[0]), *mm.gaussian(x[1]))
     assert few["fid"] == pytest.approx(expected, rel=1e-6)
-    halves = [[mm.gaussian(f), mm.gaussian(f[::2])] for f in x]
+    halves = [[mm.gaussian(f), mm.gaussian(f[::2]), mm.gaussian(f[1::2])] for f in x]
     assert few["fid_bias"] == pytest.approx(mm.fid_and_bias(*halves)[1], rel=1e-4)
     only = figures(capsys, "a", "b", *R, "--metrics", "fid")
     assert only["fid"] == pytest.approx(few["fid"], rel=1e-9) and "kid" not in only
@@ -366,11 +370,11 @@ def test_cache(capsys, monkeypatch):
 
 def test_drawn_faces_are_drawn_as_large_as_what_is_judged(capsys):
     noise("b", 5, 48)
-    report = figures(capsys, "drawn_faces", "b", *R, "--num", 5)
+    report = figures(capsys, "drawn_faces", "b", *R, "--num_images", 5)
     assert report["real"]["sizes"] == {"48x48": 5} == report["generated"]["sizes"]
-    report = figures(capsys, "drawn_faces", "b", *R, "--num", 7, "--size", 32)
+    report = figures(capsys, "drawn_faces", "b", *R, "--num_images", 7, "--size", 32)
     assert report["real"]["sizes"] == {"32x32": 7} and report["generated"]["images"] == 5
-    assert figures(capsys, "drawn_faces", "b", *R, "--num", 4)["generated"]["images"] == 4
+    assert figures(capsys, "drawn_faces", "b", *R, "--num_images", 4)["generated"]["images"] == 4
 
 
 def test_a_broken_image_is_named_and_left_out(capsys):
@@ -491,7 +495,7 @@ BAD = {
     "pr of three": ("three b --metrics pr", "pr three 4"),
     "metric unknown": ("c b --metrics fid,mse", "--metrics"),
     "mode unknown": ("c b --mode lanczos", "--mode"),
-    "num zero": ("c b --num 0", "--num"),
+    "num zero": ("c b --num_images 0", "--num_images"),
     "weights of random": ("c b --weights w.pth", "--weights random"),
     "weights missing": ("c b --network inception --weights nowhere.pth", "nowhere.pth"),
     "weights not weights": ("c b --network inception --weights notes.txt", "notes.txt"),

@@ -254,6 +254,15 @@ def test_same_flag_same_help():
     assert {flag: dict(helps) for flag, helps in texts.items() if len(helps) > 1} == {}
 
 
+def test_torchrun_lets_every_flag_pass():
+    """It abbreviates: a script's flag that begins two of its own options, as --num does, is refused as ambiguous."""
+    from torch.distributed.run import get_args_parser
+    for script in SCRIPTS:
+        for action in flags(script):
+            for flag in action.option_strings:
+                assert get_args_parser().parse_args([script, flag, "1"]).training_script_args == [flag, "1"]
+
+
 # The README
 
 
