@@ -796,23 +796,11 @@ def open_data(cache):
 
 
 def shared_data(prepare, rank, world):
-    """open_data of what prepare() makes on the first rank of each node. When one fails, all ranks raise its Stop."""
-    result = None
-    for turn in (True, False):  # rank 0 alone at first: where nodes share a disk, the others find its work done
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (rank == 0) == turn:
-            try:
-                result = prepare()
-            except (Stop, OSError) as e:
-                result = e
-        results = [result] * world
-        if world > 1:
-            dist.all_gather_object(results, result)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    if len(set(results) - {None}) > 1:
+    """open_data of what prepare() makes, once on each node. Raises Stop."""
+    caches = on_each_node(prepare, rank, world)
+    if len(set(caches)) > 1:
         raise Stop("the pictures are not the same on all nodes")
-    return open_data(results[0])
+    return open_data(caches[0])
 
 
 def animal_faces():
@@ -1069,6 +1057,24 @@ def sum_over_ranks(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def on_each_node(make, rank, world):
+    """make() on the first rank of each node -> what it gave on each node. When one fails, all ranks raise its Stop."""
+    result = None
+    for turn in (True, False):  # rank 0 alone at first: where nodes share a disk, the others find its work done
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (rank == 0) == turn:
+            try:
+                result = make()
+            except (Stop, OSError) as e:
+                result = e
+        results = [result] * world
+        if world > 1:
+            dist.all_gather_object(results, result)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return [result for result in results if result is not None]
 
 
 def stop_at_once(number, frame):

@@ -7,7 +7,7 @@
     python fid.py data/real samples.npz --mode clean              # as clean-fid; legacy_pytorch: as pytorch-fid
     python fid.py data/real samples.npz --network dinov2 --metrics fid,kid       # FD-DINOv2
     python fid.py data/real samples.npz --json | jq .fid
-    torchrun --nproc_per_node=8 fid.py data/imagenet samples.npz
+    torchrun --nproc_per_node=8 fid.py data/imagenet samples.npz --metrics fid,sfid
 
 Expected, on two cores (shared AMD EPYC, torch 2.13.0): 24 images/s through Inception, 0.9 s for a distance of 2048
 dimensions; against torch-fidelity, pytorch-fid and clean-fid 2.2 to 2.4 times the speed (README.md). GPU: not measured.
@@ -15,19 +15,20 @@ Weights (Inception: 96 MB, DINOv2-L: 1.2 GB) are downloaded once into data/weigh
 or torch-fidelity left in torch's cache is used where it lies. Writes nothing else, unless --stats or --cache says so.
 
 Which number is it? FID depends on the network, on how images are resized to its 299 pixels, on how many there are and
-on the reference set; all of that is printed with it. --mode legacy_tensorflow, the default, is what TTUR, ADM's
-evaluator, EDM and torch-fidelity compute, legacy_pytorch what pytorch-fid computes, and clean what clean-fid does.
+on the reference set; all of that is printed with it. --mode legacy_tensorflow, the default, is what TTUR, EDM and
+torch-fidelity compute, and FID and sFID of ADM's evaluator; legacy_pytorch is what pytorch-fid computes, and clean what
+clean-fid does. KID, Inception Score, precision and recall are torch-fidelity's, with the subsets that it draws.
 Papers: FID 1706.08500, its bias 1911.07023, KID 1801.01401, Inception Score 1606.03498, improved precision and recall
 1904.06991, sFID 2103.03841 and 2105.05233 (ADM), resizing 2104.11222, FD-DINOv2 2306.04675, Inception 1512.00567,
 DINOv2 2304.07193.
 """
 import argparse
-import copy
+import contextlib
 import datetime
 import functools
+import glob
 import hashlib
 import http.client
-import inspect
 import json
 import math
 import mmap
@@ -35,11 +36,13 @@ import os
 import signal
 import struct
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +76,16 @@ def parse_args(argv=None):
     p.add_argument("real", metavar="REAL", help=f"the reference: {kinds}, or an .npz of statistics")
     p.add_argument("generated", metavar="GENERATED", nargs="?", help="what is judged: the same kinds")
     g = p.add_argument_group("what is compared")
-    g.add_argument("--metrics", default=",".join(METRICS), help="pr is precision and recall; fid and sfid need no room")
+    g.add_argument("--metrics", default=",".join(METRICS), help="pr is precision and recall; fid and sfid alone "
+                   "keep no features in memory")
     g.add_argument("--network", choices=["inception", "dinov2", "random"], default="inception",
                    help="the network that sees the images; random is no download, and compares with nothing published")
-    g.add_argument("--weights", metavar="FILE", help="its weights, instead of a download")
+    g.add_argument("--weights", metavar="FILE", help="read its weights from here: nothing is downloaded")
     g.add_argument("--mode", choices=MODES, help="how images are resized; unless given clean, for inception "
                    "legacy_tensorflow")
-    g.add_argument("--num_images", type=int, help="of each set at most so many, by --seed (of drawn_faces: 10,000)")
+    g.add_argument("--num_images", type=int, help="of each set at most so many, the same each time (of drawn_faces "
+                   "10,000)")
     g.add_argument("--size", type=int, help="pixels a side")
-    g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     g = p.add_argument_group("output and system")
     g.add_argument("--json", action=flag, default=False, help="one line of JSON on stdout, the table on stderr")
     g.add_argument("--stats", metavar="FILE", help="save the statistics of REAL in this .npz")
@@ -99,8 +103,12 @@ def parse_args(argv=None):
         p.error("name what is judged, too: fid.py REAL GENERATED; or say --stats FILE")
     if args.stats and Path(args.stats).suffix != ".npz":
         p.error("--stats has to end in .npz")
-    if args.generated and args.real != "drawn_faces" and Path(args.real).resolve() == Path(args.generated).resolve():
-        p.error(f"{args.real} and {args.generated} are the same: any distance between them is 0")
+    if args.generated:
+        a, b = Path(args.real).resolve(), Path(args.generated).resolve()
+        if a.is_relative_to(b) or b.is_relative_to(a):
+            p.error(f"{args.real} and {args.generated} are the same, or one lies in the other: compare separate sets")
+    if args.size and "drawn_faces" not in (args.real, args.generated):
+        p.error("--size is for drawn_faces; other images are taken as they are")
     if args.weights and args.network == "random":
         p.error("--network random has no weights: leave out --weights")
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in (sys.argv[1:] if argv is None else argv)
@@ -113,61 +121,9 @@ def parse_args(argv=None):
 # The distances. Features are what a network makes of an image: N images, (N, D) numbers.
 
 
-class Moments:
-    """Mean and covariance of features that come in batches and are not kept, in float64 (Chan, Golub, LeVeque 1983)."""
-
-    def __init__(self, dim, device):
-        self.n = torch.zeros((), dtype=torch.float64, device=device)
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of (x - mean)(x - mean)^T
-
-    def add(self, x):
-        """x: features (B, D), B may be 0."""
-        if len(x):
-            x = x.to(self.mean.device).double()
-            mean = x.mean(0)
-            x = x - mean
-            self.merge(torch.full_like(self.n, len(x)), mean, x.T @ x)
-
-    def merge(self, n, mean, scatter):
-        total, way = self.n + n, mean - self.mean
-        self.scatter += scatter + torch.outer(way, way) * (self.n * n / total)
-        self.mean += way * (n / total)
-        self.n = total
-
-    def gather(self):
-        """What all processes have seen, in each of them."""
-        n = sum_over_ranks(self.n.clone())
-        mean = sum_over_ranks(self.n * self.mean) / n
-        way = self.mean - mean
-        self.scatter = sum_over_ranks(self.scatter + self.n * torch.outer(way, way))
-        self.n, self.mean = n, mean
-
-
-def root(sigma):
-    """A (D, r) with A A^T = sigma (D, D): by Cholesky, or where that does not exist, since there were fewer images than
-    features, by the eigenvectors of all eigenvalues but zeros."""
-    A, failed = torch.linalg.cholesky_ex(sigma)
-    if not failed and A.diagonal().min() > 1e-6 * A.diagonal().max():
-        return A
-    w, v = torch.linalg.eigh(sigma)
-    keep = w > w.max() * len(w) * 1e-15
-    return v[:, keep] * w[keep].sqrt()
-
-
-def gaussian(x):
-    """Features (N, D), or Moments of them -> mean mu and a root A of the covariance, which determine the FID."""
-    if not isinstance(x, Moments):
-        if len(x) <= x.shape[1]:
-            mu = x.double().mean(0)
-            return mu, (x - mu).T / (len(x) - 1) ** 0.5
-        x, features = Moments(x.shape[1], x.device), x
-        x.add(features)
-    return x.mean, root(x.scatter / (x.n - 1))
-
-
 def frechet_distance(mu1, A1, mu2, A2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the covariances S = A A^T, in float64: 1706.08500 eq. 6.
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two normal distributions with means mu (D,) and covariances
+    S = A A^T (D, D), each A (D, r); in float64: 1706.08500 eq. 6.
 
     S1 S2 is not symmetric: its root is slow to find, and rounding makes it complex. But only the trace is asked for,
     the sum of the roots of the eigenvalues of S1 S2. These are also the eigenvalues of M M^T with M = A1^T A2, which is
@@ -175,45 +131,79 @@ def frechet_distance(mu1, A1, mu2, A2):
     M = A1.T @ A2
     M = M if M.shape[0] <= M.shape[1] else M.T
     trace = torch.linalg.eigvalsh(M @ M.T).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + A1.square().sum() + A2.square().sum() - 2 * trace).item()
+    return max(((mu1 - mu2).square().sum() + A1.square().sum() + A2.square().sum() - 2 * trace).item(), 0.0)
 
 
-def fid_and_bias(real, generated):
-    """real, generated: gaussian() of a set, and of its two halves. -> FID, and by how much it is too high because the
-    sets are finite. This bias is nearly proportional to 1 / N (1911.07023): what halving a set adds is what it has
-    itself. Both halves, because their means lie on either side of the whole's, which cancels. A set that is known by
-    its statistics alone has no halves, and is taken as it is."""
-    fid, bias = frechet_distance(*real[0], *generated[0]), 0.0
+def factor(sigma):
+    """A (D, r) with A A^T = sigma (D, D): by Cholesky, or where that does not exist, since there were fewer images than
+    features, by the eigenvectors of all eigenvalues that rounding alone does not explain."""
+    A, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed and A.diagonal().min() > 1e-6 * A.diagonal().max():  # below, it is a root of rounding errors
+        return A
+    w, v = torch.linalg.eigh(sigma)
+    keep = w > w.max() * len(w) * 1e-15
+    return v[:, keep] * w[keep].sqrt()
+
+
+def gram(x):
+    """Features (N, D) -> (D + 1, D + 1) in float64: N, the sum of the features and of their products, in one matrix.
+    Those of two sets add up, so that features can come in batches, on several devices, and need not be kept."""
+    x = F.pad(x.double(), (1, 0), value=1)
+    return x.T @ x
+
+
+def gaussian_of(products):
+    """gram() of features -> their mean mu (D,) and a factor A (D, r) of their covariance."""
+    n, mu = products[0, 0], products[0, 1:] / products[0, 0]
+    return mu, factor((products[1:, 1:] - n * torch.outer(mu, mu)) / (n - 1))
+
+
+def fit_gaussian(x):
+    """The same of features (N, D). Those of few images are such a factor themselves, once they are centred."""
+    if len(x) > x.shape[1]:
+        return gaussian_of(gram(x))
+    mu = x.double().mean(0)
+    return mu, (x - mu).T / (len(x) - 1) ** 0.5
+
+
+def fid(real, generated):
+    """real, generated: [fit_gaussian() of a set, of its images with even numbers, of the others] -> the Frechet
+    distance of the two sets, and by how much it is too high because they are finite. This bias is nearly proportional
+    to 1 / N (1911.07023), so that what halving a set adds is what it has itself; with fewer images than features it
+    grows more slowly, and there is more. Both halves, because their means lie on either side of the whole's, which
+    cancels. A set that is known by its statistics alone, [one fit], is taken as it is."""
+    distance, bias = frechet_distance(*real[0], *generated[0]), 0.0
     for half in real[1:]:
-        bias += (frechet_distance(*half, *generated[0]) - fid) / 2
+        bias += (frechet_distance(*half, *generated[0]) - distance) / 2
     for half in generated[1:]:
-        bias += (frechet_distance(*real[0], *half) - fid) / 2
-    return fid, bias
+        bias += (frechet_distance(*real[0], *half) - distance) / 2
+    return distance, bias
 
 
 def kid(real, generated, subsets=100, size=1000):
     """Kernel Inception Distance, 1801.01401 section 4: MMD^2, unbiased, with the kernel (x . y / D + 1)^3, of features
-    (N, D) -> mean and standard deviation over random subsets, the ones that torch-fidelity draws."""
+    (N, D) -> mean and standard deviation over random subsets, the ones that torch-fidelity draws, and their size. Where
+    they would be all the same there is one, and no deviation."""
     rng, found, size = np.random.RandomState(2020), [], min(size, len(real), len(generated))
-    for _ in range(subsets):
+    for _ in range(1 if size == len(real) == len(generated) else subsets):
         x = generated[rng.choice(len(generated), size, replace=False)].double()
         y = real[rng.choice(len(real), size, replace=False)].double()
         xx, yy, xy = (((a @ b.T) / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         own = xx.sum() - xx.trace() + yy.sum() - yy.trace()
         found.append((own / (size * (size - 1)) - 2 * xy.mean()).item())
-    return float(np.mean(found)), float(np.std(found))
+    return float(np.mean(found)), float(np.std(found)) if len(found) > 1 else None, size
 
 
 def inception_score(logits, splits=10):
     """exp E KL(p(y|x) || p(y)), 1606.03498 section 4, of logits (N, classes) -> mean and standard deviation over splits
-    of the shuffled images, the ones that torch-fidelity makes."""
+    of the shuffled images, the ones that torch-fidelity makes, and their number."""
     logits = logits[np.random.RandomState(2020).permutation(len(logits))].double()
     scores, splits = [], min(splits, len(logits))
     for part in (logits[i * len(logits) // splits:(i + 1) * len(logits) // splits] for i in range(splits)):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # not log of the mean, which may be log 0
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
+    return float(np.mean(scores)), float(np.std(scores)), splits
 
 
 def precision_recall(real, generated, k=3, rows=1024):
@@ -223,47 +213,53 @@ def precision_recall(real, generated, k=3, rows=1024):
     def squared(a, b):
         return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
-    def share(points, centres):
+    def covered(points, centres):
         radius = torch.cat([squared(a, centres).kthvalue(k + 1).values for a in centres.split(rows)])  # 1st: itself
         return torch.cat([(squared(a, centres) <= radius).any(1) for a in points.split(rows)]).double().mean().item()
 
     middle = real.double().mean(0)  # of no effect on distances, but on their rounding
     real, generated = real.double() - middle, generated.double() - middle
-    return share(generated, real), share(real, generated)
+    return covered(generated, real), covered(real, generated)
+
+
+def compute(metrics, real, generated):
+    """What extract() found in two sets, and their `fits` -> the figures, by name."""
+    figures = {}
+    for metric, name in (("fid", "features"), ("sfid", "spatial")):
+        if metric in metrics:
+            figures[metric], figures[f"{metric}_bias"] = fid(real["fits"][name], generated["fits"][name])
+    if "kid" in metrics:
+        both = real["kept"]["features"], generated["kept"]["features"]
+        figures["kid"], figures["kid_std"], figures["kid_subset"] = kid(*both)
+    if "is" in metrics:
+        figures["is"], figures["is_std"], figures["is_splits"] = inception_score(generated["kept"]["logits"])
+    if "pr" in metrics:
+        both = real["kept"]["features"], generated["kept"]["features"]
+        figures["precision"], figures["recall"] = precision_recall(*both)
+    return figures
 
 
 # -----------------------------------------------------------------------------
 # Resizing: where "my FID is far from the paper" mostly comes from.
 
 
-@functools.lru_cache(maxsize=256)
-def resize_matrix(n, m, mode, device):
-    """(m, n): how each of m new pixels in a row is mixed of the n old ones.
+def resize(x, side, mode):
+    """uint8 (3, H, W) -> float (3, side, side) in [0, 255].
 
     legacy_tensorflow: bilinear between two pixels, corner on corner, half a pixel off, as in TensorFlow 1.
     legacy_pytorch: bilinear between two pixels, centre on centre. Both see only two, and so alias when they shrink.
-    clean: Pillow's bicubic (a = -1/2), over all pixels that fall into one when it shrinks: 2104.11222."""
-    i, scale = torch.arange(m, dtype=torch.float32), n / m
+    clean: Pillow's bicubic, which averages over all pixels that fall into one when it shrinks: 2104.11222."""
+    x = x.float()
     if mode == "clean":
-        centre, width = (i.double() + 0.5) * scale, max(scale, 1)
-        d = ((torch.arange(n) + 0.5 - centre[:, None]) / width).abs()
-        near, far = 1.5 * d ** 3 - 2.5 * d ** 2 + 1, -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
-        A = torch.where(d < 1, near, torch.where(d < 2, far, 0))
-        A = A / A.sum(1, keepdim=True)
-    else:
-        x = i * scale if mode == "legacy_tensorflow" else ((i + 0.5) * scale - 0.5).clamp(min=0)
-        low = x.long().clamp(max=n - 1)
-        A = torch.zeros(m, n)
-        A[range(m), low] = 1 - (x - low)
-        A[range(m), (low + 1).clamp(max=n - 1)] += x - low
-    return A.float().to(device)
-
-
-def resize(image, side, mode, device):
-    """uint8 (H, W, 3) -> float (3, side, side) in [0, 255]."""
-    x = torch.from_numpy(image).to(device).permute(2, 0, 1).float()
-    down, right = (resize_matrix(n, side, mode, device) for n in x.shape[1:])
-    return (down @ x @ right.T).clamp(0, 255)
+        return F.interpolate(x[None], (side, side), mode="bicubic", antialias=True)[0].clamp(0, 255)
+    if mode == "legacy_pytorch":
+        return F.interpolate(x[None], (side, side), mode="bilinear")[0]
+    for dim, n in ((1, x.shape[1]), (2, x.shape[2])):
+        at = torch.arange(side, device=x.device) * (n / side)
+        low = at.long()
+        way = (at - low)[:, None] if dim == 1 else at - low
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1)), way)
+    return x
 
 
 # -----------------------------------------------------------------------------
@@ -359,14 +355,15 @@ class Inception(nn.Module):
         features = x.mean((2, 3))                                                # (B, 2048)
         return features, features @ self.fc.weight.T, spatial
 
-class Block(nn.Module):
-    """A transformer block: attention, then an MLP (in the giant a gated one), each scaled by a learnt vector."""
 
-    def __init__(self, D, hidden, gated):
+class Block(nn.Module):
+    """A transformer block: attention, then an MLP, each scaled by a learnt vector."""
+
+    def __init__(self, D):
         super().__init__()
-        self.gated, self.norm1, self.norm2 = gated, nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.query, self.key, self.value, self.proj = (nn.Linear(D, D) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(D, 2 * hidden if gated else hidden), nn.Linear(hidden, D)
+        self.fc1, self.fc2 = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.scale1, self.scale2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
 
     def forward(self, x):                                                        # (B, N, D)
@@ -374,34 +371,25 @@ class Block(nn.Module):
         q, k, v = (w(h).unflatten(-1, (-1, 64)).transpose(1, 2) for w in (self.query, self.key, self.value))
         h = F.scaled_dot_product_attention(q, k, v)                              # (B, D / 64 heads, N, 64)
         x = x + self.scale1 * self.proj(h.transpose(1, 2).flatten(2))
-        h = self.fc1(self.norm2(x))
-        if self.gated:
-            gate, h = h.chunk(2, -1)
-            h = F.silu(gate) * h
-        else:
-            h = F.gelu(h)
-        return x + self.scale2 * self.fc2(h)                                     # (B, N, D)
+        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))       # (B, N, D)
 
 
 class DINOv2(nn.Module):
-    """The vision transformer of 2304.07193, small to giant: x (B, 3, 224, 224) -> its class token (B, D), as FD-DINOv2
-    (2306.04675) takes it. tensors: a Hugging Face weight file, which also tells the sizes."""
+    """The vision transformer of 2304.07193, small, base or large: x (B, 3, 224, 224) -> its class token (B, D), as
+    FD-DINOv2 (2306.04675) takes it. tensors: a Hugging Face weight file, which also tells the sizes."""
     side, dim_spatial = 224, 0
     NAMES = {"embeddings.patch_embeddings.projection": "patch", "embeddings.": "", "encoder.layer.": "blocks.",
-             "attention.attention.": "", "attention.output.dense": "proj", "mlp.": "", "weights_in": "fc1",
-             "weights_out": "fc2", "layer_scale1.lambda1": "scale1", "layer_scale2.lambda1": "scale2",
-             "layernorm": "norm"}
+             "attention.attention.": "", "attention.output.dense": "proj", "mlp.": "", "layer_scale1.lambda1": "scale1",
+             "layer_scale2.lambda1": "scale2", "layernorm": "norm"}
 
     def __init__(self, tensors):
         super().__init__()
-        gated = "encoder.layer.0.mlp.weights_in.weight" in tensors
         D, _, patch, _ = tensors["embeddings.patch_embeddings.projection.weight"].shape
-        hidden = tensors[f"encoder.layer.0.mlp.{'weights_out' if gated else 'fc2'}.weight"].shape[1]
         depth = len({k.split(".")[2] for k in tensors if k.startswith("encoder.layer.")})
         self.dim, self.patch = D, nn.Conv2d(3, D, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.position_embeddings = nn.Parameter(torch.zeros_like(tensors["embeddings.position_embeddings"]))
-        self.blocks = nn.ModuleList([Block(D, hidden, gated) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(D) for _ in range(depth)])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def translate(self, tensors):
@@ -420,7 +408,9 @@ class DINOv2(nn.Module):
         h = self.patch(x)                                                        # (B, D, 16, 16)
         first, rest = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
         side = math.isqrt(rest.shape[1])                                         # 37, learnt at 518 pixels
-        rest = F.interpolate(rest.transpose(1, 2).unflatten(2, (side, side)), h.shape[2:], mode="bicubic")
+        rest = rest.transpose(1, 2).unflatten(2, (side, side))                   # (1, D, 37, 37)
+        if rest.shape[2:] != h.shape[2:]:  # 0.1 more, as the authors have it, who met a rounding error of PyTorch so
+            rest = F.interpolate(rest, scale_factor=[(n + 0.1) / side for n in h.shape[2:]], mode="bicubic")
         h = (h + rest).flatten(2).transpose(1, 2)                                # (B, 256, D)
         h = torch.cat([(self.cls_token + first).expand(len(h), -1, -1), h], 1)   # (B, 257, D)
         for block in self.blocks:
@@ -458,26 +448,28 @@ PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 DRAWN = 10_000  # how many drawn faces the reference has, unless --num_images says otherwise
 
 
-class Images(torch.utils.data.Dataset):
-    """What REAL or GENERATED names: item i is uint8 (H, W, 3), or a sentence why it cannot be read. stats: of a file
-    that has them {mu, sigma, perhaps mu_s, sigma_s of sFID, about}; ADM's reference files have both. Raises Stop."""
+class Images:
+    """What REAL or GENERATED names: item i is an image (H, W, 3) in uint8 and Pillow's name of the mode it had, or a
+    sentence why it cannot be read. stats: of a file that has them {mu, sigma, perhaps mu_s, sigma_s of sFID}; about:
+    how these were made, or {} if nobody knows. ADM's reference files have images and statistics. Raises Stop."""
 
-    def __init__(self, path, num, size, seed):
-        self.path, self.size, self.array, self.stats, self.zip, p = path, size, None, None, None, Path(path)
+    def __init__(self, path, num, size):
+        self.path, self.size, self.array, self.stats, self.about, p = path, size, None, None, {}, Path(path)
         if path == "drawn_faces":
-            self.names, num, stamps = range(num or DRAWN), None, [inspect.getsource(draw_face), TRAITS, size]
+            self.names, num, stamps = range(num or DRAWN), None, size
         elif p.suffix == ".npz" and p.is_file():
-            self.array, self.stats = read_npz(p)
+            self.array, self.stats, self.about = read_npz(p)
             self.names = range(0 if self.array is None else len(self.array))
             stamps = [p.stat().st_size, p.stat().st_mtime_ns]
         else:
             self.names, stamps = list_images(p)
+            self.zip = None if p.is_dir() else zipfile.ZipFile(p)
         if not self.names and not self.stats:
             raise Stop(f"there are no images in {path}")
         if num and num < len(self.names):
-            chosen = np.sort(np.random.default_rng(seed).choice(len(self.names), num, replace=False))
+            chosen = np.sort(np.random.default_rng(0).choice(len(self.names), num, replace=False))
             self.names = [self.names[i] for i in chosen]
-        self.key = hashlib.sha256(repr([stamps, list(self.names)]).encode()).hexdigest()
+        self.key = repr([stamps, list(self.names)])
 
     def __len__(self):
         return len(self.names)
@@ -486,12 +478,11 @@ class Images(torch.utils.data.Dataset):
         name = self.names[i]
         try:
             if self.path == "drawn_faces":
-                return draw_face(0, name, self.size or 64)[0]
+                return draw_face(0, name, self.size or 64)[0], "RGB"
             if self.array is not None:
-                return np.array(self.array[name])
-            if os.path.isdir(self.path):
+                return np.array(self.array[name]), "RGB"
+            if self.zip is None:
                 return read_image(os.path.join(self.path, name))
-            self.zip = self.zip or zipfile.ZipFile(self.path)  # opened here, because each worker needs its own
             with self.zip.open(name) as f:
                 return read_image(f)
         except Exception as e:  # a broken file can raise anything in Pillow or zipfile
@@ -499,26 +490,30 @@ class Images(torch.utils.data.Dataset):
 
 
 def read_image(file):
-    """Any image that Pillow opens -> uint8 (H, W, 3), the way the reference tools do it: transparency is dropped, and a
-    camera's note to turn the picture is not heeded."""
+    """Any image that Pillow opens -> uint8 (H, W, 3), and the mode it had. As in the reference tools transparency is
+    dropped, and a camera's note to turn the picture is not heeded. Unlike in them, 16 bits do not all become white."""
     with Image.open(file) as im:
-        return np.array(im.convert("RGB"))
+        mode = im.mode
+        if mode.startswith("I"):
+            im = Image.fromarray((np.asarray(im) / 257).clip(0, 255).astype(np.uint8))
+        return np.array(im.convert("RGB")), mode
 
 
 def list_images(path):
     """A folder (any depth) or .zip -> names in order, and stamps that tell a changed set."""
     if path.is_dir():
-        files = [(p.relative_to(path).as_posix(), p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
-        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        names = sorted(glob.glob("**", root_dir=path, recursive=True))  # follows links, leaves out hidden files
+        stamps = {name: (path / name).stat() for name in names if name.lower().endswith(PICTURE_FILES)}
+        stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stamps.items()}
     else:
         try:
             with zipfile.ZipFile(path) as z:
-                files = sorted((i.filename, i.file_size, i.CRC) for i in z.infolist())
+                stamps = {i.filename: i.CRC for i in sorted(z.infolist(), key=lambda i: i.filename)
+                          if i.filename.lower().endswith(PICTURE_FILES) and "/." not in f"/{i.filename}"
+                          and not i.filename.startswith("__MACOSX")}
         except (FileNotFoundError, zipfile.BadZipFile):
             raise Stop(f"{path} {'is not a folder, .zip or .npz' if path.exists() else 'does not exist'}")
-    files = [f for f in files if f[0].lower().endswith(PICTURE_FILES) and not ("/" + f[0]).count("/.")
-             and not f[0].startswith("__MACOSX")]
-    return [f[0] for f in files], files
+    return list(stamps), stamps
 
 
 def map_array(path, member, loaded, name):
@@ -535,7 +530,7 @@ def map_array(path, member, loaded, name):
 
 
 def read_npz(path):
-    """-> images uint8 (N, H, W, 3) or None, statistics or None. Raises Stop for anything else."""
+    """-> images uint8 (N, H, W, 3) or None, statistics or None, how these were made. Raises Stop for anything else."""
     try:
         with zipfile.ZipFile(path) as z, np.load(path) as f:
             found = {k: f[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "about") if k in f}
@@ -547,6 +542,9 @@ def read_npz(path):
         raise Stop(f"{path}: the images have to be uint8 (N, height, width, 3), not {array.dtype} {array.shape}")
     if array is None and not {"mu", "sigma"} <= set(found):
         raise Stop(f"{path} holds neither images (images or arr_0) nor statistics (mu and sigma)")
+    about = {}
+    with contextlib.suppress(ValueError, TypeError):  # another program's
+        about = dict(json.loads(str(found.pop("about", "{}"))))
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if mu in found:
             D = found[mu].size
@@ -556,7 +554,7 @@ def read_npz(path):
                 raise Stop(f"{path}: {mu} or {sigma} has entries that are not numbers; compute it anew")
             if not np.allclose(found[sigma], found[sigma].T, rtol=1e-3, atol=1e-6 * found[sigma].max()):
                 raise Stop(f"{path}: {sigma} is not symmetric, so it is no covariance")
-    return array, found if "mu" in found else None
+    return array, found if "mu" in found else None, about
 
 
 FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44), "white": (240, 238, 242),
@@ -788,6 +786,24 @@ def sum_over_ranks(x):
     return x
 
 
+def on_each_node(make, rank, world):
+    """make() on the first rank of each node -> what it gave on each node. When one fails, all ranks raise its Stop."""
+    result = None
+    for turn in (True, False):  # rank 0 alone at first: where nodes share a disk, the others find its work done
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (rank == 0) == turn:
+            try:
+                result = make()
+            except (Stop, OSError) as e:
+                result = e
+        results = [result] * world
+        if world > 1:
+            dist.all_gather_object(results, result)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return [result for result in results if result is not None]
+
+
 def stop_at_once(number, frame):
     """Signal handler: KeyboardInterrupt, as Ctrl-C does by itself, that knows which signal it was."""
     raise KeyboardInterrupt(number)
@@ -800,9 +816,10 @@ INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # torch-fidelity names the s
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DINOV2 = "facebook/dinov2-large"  # the one of FD-DINOv2
+CACHE = Path("data/cache")
 
 
-def where_float64(device):
+def stats_device(device):
     """Where the statistics are computed: MPS has no float64."""
     return device if device.type == "cuda" else torch.device("cpu")
 
@@ -822,6 +839,8 @@ def find_inception():
             if (path / name).is_file() and sha256(path / name) == INCEPTION_SHA256:
                 return path / name
     path = Path("data/weights", INCEPTION)
+    if path.exists():
+        raise Stop(f"{path} is not {INCEPTION_URL}: its hash is another; move it away, or say --weights {path}")
     download(INCEPTION_URL, path, lambda part: sha256(part) == INCEPTION_SHA256)
     return path
 
@@ -855,32 +874,14 @@ def hub_file(repo, name):
     return path
 
 
-def shared_file(find, rank, world):
-    """find(), first in one process of each node, to download nothing twice. When one fails, all raise its Stop."""
-    result = None
-    for turn in (True, False):
-        if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn:
-            try:
-                result = find()
-            except Stop as e:
-                result = e
-        results = [result] * world
-        if world > 1:
-            dist.all_gather_object(results, result)
-        for failed in results:
-            if isinstance(failed, Stop):
-                raise failed
-    return result
-
-
 def load_network(args, device, rank, world):
     """The network that --network names, ready for use, and what tells its weights. Raises Stop."""
     if args.network != "random":
         finds = dict(inception=find_inception, dinov2=functools.partial(hub_file, DINOV2, "model.safetensors"))
         try:
-            path = args.weights or shared_file(finds[args.network], rank, world)
+            path = args.weights or on_each_node(finds[args.network], rank, world)[0]
         except Stop as e:
-            if "network" in args.given or args.network != "inception":
+            if args.given & {"network", "mode", "json", "stats"}:  # where a stand-in would pass for what was asked for
                 raise
             if rank == 0:
                 print(f"fid.py: {e}\nfid.py: so --network random it is: no figure can be compared with published ones",
@@ -914,89 +915,86 @@ def extract(images, net, args, device, rank, world, keep, stream):
     """Run the network over a set. The processes share the work, and all have the result. Raises Stop. -> dict:
 
     kept: of each name in `keep` (features, logits, spatial) the values (N, D)
-    halves: of each name in `stream` the Moments of the images with even numbers, and of the others
+    products: of each name in `stream` gram() of the images with even numbers, and of the others (2, D + 1, D + 1)
     sizes: how many images have which; broken: a sentence about each that cannot be read."""
-    N, B, mine = len(images), args.batch, range(rank, len(images), world)
-    where = where_float64(device)
+    N, mine, where = len(images), range(rank, len(images), world), stats_device(device)
     dims = dict(features=net.dim, logits=1008, spatial=net.dim_spatial)
-    if N <= 2 * net.dim:  # so few take less room than their Moments
-        keep, stream = keep | stream, set()
     kept = {name: torch.zeros(N, dims[name], device=where) for name in sorted(keep)}
-    halves = {name: [Moments(dims[name], where) for _ in range(2)] for name in sorted(stream)}
+    products = {name: torch.zeros(2, dims[name] + 1, dims[name] + 1, dtype=torch.float64, device=where)
+                for name in sorted(stream)}
     sizes, broken, read = Counter(), [], torch.zeros(N, device=where)
-    workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, mine), B, num_workers=workers, collate_fn=list)
-    with tqdm(None, Path(images.path).name, len(mine), unit="img", disable=True if rank else None) as bar:
-        for k, batch in enumerate(loader):
+    threads = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1, 16)
+    with ThreadPoolExecutor(threads) as pool, tqdm(None, Path(images.path).name, len(mine), unit="img", mininterval=(
+            0.1 if sys.stderr.isatty() else 60), disable=rank > 0) as bar:
+        for i in (mine[k:k + args.batch] for k in range(0, len(mine), args.batch)):
+            batch = list(pool.map(images.__getitem__, i))  # a GPU is busy with the batch before meanwhile
             bar.update(len(batch))
-            broken += [image for image in batch if isinstance(image, str)]
-            i = torch.tensor([j for j, image in zip(mine[k * B:], batch) if not isinstance(image, str)], device=where)
-            batch = [image for image in batch if not isinstance(image, str)]
+            broken += [item for item in batch if isinstance(item, str)]
+            i = torch.tensor([j for j, item in zip(i, batch) if not isinstance(item, str)], device=where)
+            batch = [item for item in batch if not isinstance(item, str)]
             if not batch:
                 continue
             read[i] = 1
-            sizes.update(f"{image.shape[1]}x{image.shape[0]}" for image in batch)
-            x = torch.stack([resize(image, net.side, args.mode, device) for image in batch])
+            sizes.update(f"{im.shape[1]}x{im.shape[0]}" + f" {mode}" * (mode != "RGB") for im, mode in batch)
+            x = (torch.from_numpy(im).to(where).permute(2, 0, 1) for im, _ in batch)
+            x = torch.stack([resize(im, net.side, args.mode) for im in x]).to(device)
             x = net.normalise(x, args.mode).contiguous(memory_format=torch.channels_last)
             values = dict(zip(("features", "logits", "spatial"), net(x)))
-            if not values["features"].isfinite().all():
-                raise Stop(f"some features of {images.path} are no numbers: are the network's weights whole?", 1)
             for name in kept:
                 kept[name][i] = values[name].to(where)
-            for name, pair in halves.items():
-                for odd, half in enumerate(pair):
-                    half.add(values[name].to(where)[i % 2 == odd])
-    for half in sum(halves.values(), []):
-        half.gather()
+            for name in products:
+                for odd in (0, 1):
+                    products[name][odd] += gram(values[name].to(where)[i % 2 == odd])
     whole = sum_over_ranks(read) > 0
     kept = {name: sum_over_ranks(values)[whole] for name, values in kept.items()}
+    products = {name: sum_over_ranks(values) for name, values in products.items()}
     everyone = [(sizes, broken)] * world
     if world > 1:
         dist.all_gather_object(everyone, (sizes, broken))
     sizes, broken = sum((s for s, _ in everyone), Counter()), sum((b for _, b in everyone), [])
     if len(broken) > 0.05 * N:
-        raise Stop(f"{len(broken)} of the {N} images in {images.path} cannot be read, among them {broken[0]}")
-    return dict(kept=kept, halves=halves, sizes=dict(sizes), broken=broken)
+        raise Stop(f"{len(broken)} of the {N} images in {images.path} cannot be read, more than 5 %: {broken[0]} ...")
+    if not all(values.isfinite().all() for values in (*kept.values(), *products.values())):
+        raise Stop(f"some features of {images.path} are no numbers: are the network's weights whole?", 1)
+    return dict(kept=kept, products=products, sizes=dict(sizes), broken=broken)
 
 
-def look(images, net, weights, args, *how):
-    """extract(), or what it gave for the same images, network and settings before, when --cache asks for that."""
-    what = [images.key, args.network, weights, args.mode, sorted(how[-2]), sorted(how[-1])]
-    path = Path("data/cache", f"fid-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.pt")
-    device, rank, world = how[:3]
-    if args.cache and sum_over_ranks(torch.tensor(float(path.exists()), device=device)) == world:
-        found = torch.load(path, map_location=where_float64(device), weights_only=True)
-        for pair in found["halves"].values():
-            for i, saved in enumerate(pair):
-                pair[i] = Moments(0, "cpu")
-                vars(pair[i]).update(saved)
-        return found
-    found = extract(images, net, args, *how)
+def extract_cached(images, net, weights, args, device, rank, world, keep, stream):
+    """extract(), or with --cache what it gave before for the same images, network, settings and code."""
+    what = [images.key, args.network, weights, args.mode, sorted(keep), sorted(stream), Path(__file__).read_text()]
+    path, found = Path(CACHE, f"fid-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.pt"), None
+    if args.cache:
+        with contextlib.suppress(Exception):  # it is not there, or damaged
+            found = torch.load(path, map_location=stats_device(device), weights_only=True)
+        if sum_over_ranks(torch.tensor(float(found is not None), device=device)) == world:
+            return found
+    found = extract(images, net, args, device, rank, world, keep, stream)
     if args.cache and rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plain = found | dict(halves={k: [vars(half) for half in pair] for k, pair in found["halves"].items()})
-        write_atomically(path, functools.partial(torch.save, plain))
+        write_atomically(path, lambda f: torch.save(found, f))
     return found
 
 
-def gaussians(images, found, name, device):
-    """What fid_and_bias() takes: gaussian() of the set and of its halves, of its features or (sFID) spatial ones."""
-    if images.stats:
-        mu, sigma = (torch.from_numpy(images.stats[k]).double().to(device) for k in
-                     (("mu", "sigma") if name == "features" else ("mu_s", "sigma_s")))
-        return [(mu, root(sigma))]
-    if name in found["kept"]:
-        x = found["kept"][name]
-        return [gaussian(x)] + ([gaussian(x[::2]), gaussian(x[1::2])] if len(x) > 3 else [])
-    even, odd = found["halves"][name]
-    both = copy.deepcopy(even)
-    both.merge(odd.n, odd.mean, odd.scatter)
-    return [gaussian(both), gaussian(even), gaussian(odd)]
+def fit_all(images, found, device):
+    """What fid() takes, [gaussian_of() the set, of its halves], of all that is known of the set, by name."""
+    fits = {}
+    for name, mu, sigma in (("features", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        if images.stats:
+            if mu in images.stats:
+                mu, sigma = (torch.from_numpy(images.stats[k]).double().to(device) for k in (mu, sigma))
+                fits[name] = [(mu, factor(sigma))]
+        elif name in found["products"]:
+            even, odd = found["products"][name]
+            fits[name] = [gaussian_of(p) for p in (even + odd, even, odd)]
+        elif name in found["kept"]:
+            x = found["kept"][name]
+            fits[name] = [fit_gaussian(part) for part in (x, x[::2], x[1::2])[:3 if len(x) > 3 else 1]]
+    return fits
 
 
-def what_cannot_be_had(sets, network):
-    """{metric: why} for the metrics that these sets and features do not allow."""
-    why = {} if network == "inception" else dict.fromkeys(("is", "sfid"), f"--network {network} has nothing for it")
+def unavailable(sets, network):
+    """{metric: why} for the metrics that these sets and this network, or None, do not allow."""
+    why = dict.fromkeys(("is", "sfid"), f"--network {network} has nothing for it")
+    why = {} if network in ("inception", None) else why
     for name, images in sets.items():
         if not images.names:
             lost = ("kid", "pr", "is") if name == "generated" else ("kid", "pr")
@@ -1008,116 +1006,127 @@ def what_cannot_be_had(sets, network):
     return why
 
 
+def check_outputs(args):
+    """Fails now, not after an hour, if nothing can be written, or --stats would overwrite what is no statistics."""
+    if args.stats and Path(args.stats).exists() and read_npz(Path(args.stats))[0] is not None:
+        raise Stop(f"{args.stats} holds images: --stats would overwrite them")
+    for folder in [CACHE] * args.cache + [Path(args.stats or "").parent] * bool(args.stats):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def evaluate(args):
     """All that was asked for -> dict of the figures and of what they depend on. Raises Stop."""
     device, rank, world = setup(args)
     torch.set_float32_matmul_precision("highest")  # TF32 is coarser, and moves a FID
     torch.backends.cudnn.allow_tf32 = False
-    where = where_float64(device)
+    check_outputs(args)
     sets = {}
     for name, path in (("generated", args.generated), ("real", args.real)):
         if path:
-            sets[name] = images = Images(path, args.num_images, args.size, args.seed)
+            sets[name] = images = Images(path, args.num_images, args.size)
             if len(images) == 1:
                 raise Stop(f"{path} has 1 image; a covariance takes at least 2")
             if name == "generated" and images.names and args.real == "drawn_faces" and args.size is None:
-                args.size = next((len(image) for image in images if not isinstance(image, str)), None)
-    why = what_cannot_be_had(sets, args.network)
-    for metric in args.metrics if "metrics" in args.given else ():
-        if metric in why:
-            raise Stop(f"--metrics {metric} cannot be had: {why[metric]}")
-    metrics = [m for m in args.metrics if m not in why]
-
+                sizes = (len(item[0]) for item in map(images.__getitem__, range(len(images))) if item[1:] == ("RGB",))
+                args.size = next(sizes, None)
+    if args.stats and sets["real"].stats:
+        raise Stop(f"{args.real} holds statistics already: --stats takes images")
     net, weights = None, None
-    if any(not images.stats or set(metrics) & {"kid", "pr", "is"} for images in sets.values()):
+    if any(not images.stats for images in sets.values()) or all(images.names for images in sets.values()):
         net, weights = load_network(args, device, rank, world)
-        why |= what_cannot_be_had(sets, args.network)  # the network may be another than the one that was asked for
-        metrics = [m for m in metrics if m not in why]
-    about, seen, figures = dict(network=args.network, weights=weights, mode=args.mode), {}, {}
-    made = {i.path: json.loads(str(i.stats["about"])) for i in sets.values() if i.stats and "about" in i.stats}
-    made |= {"this run": about} if net else {}
-    dims = {i.path: i.stats["mu"].size if i.stats else net.dim for i in sets.values()}
-    for what in (made, dims | ({"this run": net.dim} if net else {})):
+    asked = args.metrics if args.generated else ["fid", "sfid"]
+    why = {metric: reason for metric, reason in unavailable(sets, net and args.network).items() if metric in asked}
+    if why and args.generated and "metrics" in args.given:
+        raise Stop("; ".join(f"--metrics {metric} cannot be had: {reason}" for metric, reason in why.items()))
+    metrics = [metric for metric in asked if metric not in why]
+
+    keys = ("network", "weights", "mode")
+    made = {i.path: [i.about.get(key) for key in keys] for i in sets.values() if i.about}
+    made |= {"this run": [args.network, weights, args.mode]} if net else {}
+    dims = [{i.path: i.stats[mu].size for i in sets.values() if i.stats and mu in i.stats} | (
+        {"this run": dim} if net else {}) for mu, dim in (("mu", net and net.dim), ("mu_s", net and net.dim_spatial))]
+    for what in (made, dims[0], dims[1] if "sfid" in metrics else {}):
         if len({str(value) for value in what.values()}) > 1:
             raise Stop("these features cannot be compared: " + "; ".join(f"{k}: {v}" for k, v in what.items()))
+    found = {}
     for name, images in sets.items():
-        needs = {"features"} if {"kid", "pr"} & set(metrics) else set()
-        needs |= {"logits"} if "is" in metrics and name == "generated" else set()
-        stream = {"features"} | ({"spatial"} if "sfid" in metrics else set()) if not images.stats else set()
-        seen[name] = look(images, net, weights, args, device, rank, world, needs, stream) if needs or stream else None
+        found[name] = dict(kept={}, products={}, sizes={}, broken=[])
+        keep = {"features"} if {"kid", "pr"} & set(metrics) else set()
+        keep |= {"logits"} if "is" in metrics and name == "generated" else set()
+        stream = set() if images.stats else {"features"} - keep | ({"spatial"} if "sfid" in metrics else set())
+        if net and len(images) <= 2 * net.dim:  # the products would take more room than the features
+            keep, stream = keep | stream, set()
+        if keep or stream:
+            found[name] = extract_cached(images, net, weights, args, device, rank, world, keep, stream)
     if rank:
         return None
-    if args.stats:
-        save_statistics(args.stats, sets["real"], seen["real"], about, where)
+    about = dict(zip(keys, next(iter(reversed(made.values())), [None] * 3)))
     with torch.inference_mode():
-        if args.generated:
-            figures = compute(metrics, sets, seen, where)
-    described = {name: dict(name=images.path, images=sum(seen[name]["sizes"].values()) if seen[name] else None,
-                            sizes=seen[name]["sizes"] if seen[name] else None,
-                            broken=seen[name]["broken"] if seen[name] else [], statistics=bool(images.stats))
-                 for name, images in sets.items()}
-    return dict(**figures, **about, **described, left_out=why, dim=dims[args.real], num_images=args.num_images,
-                seed=args.seed, device=str(device), processes=world, torch=torch.__version__)
+        for name, images in sets.items():
+            found[name]["fits"] = fit_all(images, found[name], stats_device(device))
+        if args.stats:
+            save_statistics(args.stats, found["real"], about)
+        figures = compute(metrics, found["real"], found["generated"]) if args.generated else {}
+    described = {name: dict(name=images.path, images=sum(found[name]["sizes"].values()) or images.about.get("images"),
+                            sizes=found[name]["sizes"], broken=found[name]["broken"], statistics=bool(images.stats),
+                            unknown=bool(images.stats and not images.about)) for name, images in sets.items()}
+    return dict(**figures, **about, **described, left_out=why if args.generated else {}, dim=[*dims[0].values()][0],
+                num_images=args.num_images, device=str(device), processes=world, torch=torch.__version__)
 
 
-def compute(metrics, sets, seen, device):
-    """The figures, by name."""
-    figures, kept = {}, {name: found["kept"] for name, found in seen.items() if found}
-    for metric, name in (("fid", "features"), ("sfid", "spatial")):
-        if metric in metrics:
-            pair = [gaussians(sets[s], seen[s], name, device) for s in ("real", "generated")]
-            figures[metric], figures[f"{metric}_bias"] = fid_and_bias(*pair)
-    if "kid" in metrics:
-        figures["kid"], figures["kid_std"] = kid(kept["real"]["features"], kept["generated"]["features"])
-    if "is" in metrics:
-        figures["is"], figures["is_std"] = inception_score(kept["generated"]["logits"])
-    if "pr" in metrics:
-        both = kept["real"]["features"], kept["generated"]["features"]
-        figures["precision"], figures["recall"] = precision_recall(*both)
-    return figures
-
-
-def save_statistics(path, images, found, about, device):
+def save_statistics(path, found, about):
     """mu and sigma as pytorch-fid reads them, of sFID mu_s and sigma_s, and what they were made with."""
-    if images.stats:
-        raise Stop(f"{images.path} holds statistics already: --stats takes images")
-    arrays = dict(about=json.dumps(about))
+    arrays = dict(about=json.dumps(about | dict(images=sum(found["sizes"].values()))))
     for name, suffix in (("features", ""), ("spatial", "_s")):
-        if name in found["kept"] or name in found["halves"]:
-            mu, A = gaussians(images, found, name, device)[0]
+        if name in found["fits"]:
+            mu, A = found["fits"][name][0]
             arrays |= {f"mu{suffix}": mu.cpu().numpy(), f"sigma{suffix}": (A @ A.T).cpu().numpy()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), lambda f: np.savez(f, **arrays))
 
 
 def table(report):
     """The report for people."""
-    lines = []
-    for name in ("real", "generated"):
-        if name in report:
-            r = report[name]
-            sizes = sorted((r["sizes"] or {}).items(), key=lambda item: -item[1])
-            how = f"{r['images']:,} images of " + ", ".join(s for s, _ in sizes[:3]) + (
-                f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else "") if sizes else "statistics"
-            lines.append(f"{name:<10} {r['name']}: {how}" + " (and statistics)" * bool(sizes and r["statistics"]))
-            if r["broken"]:
-                lines.append(f"{'':<10} left out, because they cannot be read: {len(r['broken'])}: "
-                             + "; ".join(r["broken"][:9]))
-    if report["weights"]:
-        lines.append(f"{'features':<10} {report['network']} ({report['dim']}), {report['weights'][:23]}, "
+    lines, sets = [], [name for name in ("real", "generated") if name in report]
+    for name in sets:
+        r = report[name]
+        sizes, what = sorted(r["sizes"].items(), key=lambda item: -item[1]), []
+        if r["statistics"]:
+            what.append(f"statistics of {r['images']:,} images" if r["images"] and not sizes else "statistics")
+        if sizes:
+            some = [f"{size} ({n:,})" if len(sizes) > 1 else size for size, n in sizes[:3]] + ["..."] * (len(sizes) > 3)
+            what.append(f"{r['images']:,} images of " + ", ".join(some))
+        lines.append(f"{name:<12}{r['name']}: {' and '.join(what)}")
+        if r["broken"]:
+            lines.append(f"{'':<12}left out, because they cannot be read: {len(r['broken'])}: "
+                         + "; ".join(r["broken"][:9]))
+    if report["network"]:
+        lines.append(f"{'features':<12}{report['network']} ({report['dim']}), {report['weights'][:23]}, "
                      f"mode {report['mode']}, torch {report['torch']}, {report['device']} x {report['processes']}")
+    few = min(report[name]["images"] or math.inf for name in sets)
+    finite = [name for name in sets if not report[name]["statistics"]]
     for key in ("fid", "kid", "is", "precision", "recall", "sfid"):
         if key in report:
-            spread = f" +- {report[key + '_std']:.4g}" if key + "_std" in report else ""
-            bias = report.get(key + "_bias", 0)
-            note = f" (about {bias:.3g} of it because the sets are finite)" if bias > 0.005 * abs(report[key]) else ""
-            lines.append(f"{key:<10} {report[key]:.6g}{spread}{note}")
-    lines += [f"{metric:<10} left out: {why}" for metric, why in report["left_out"].items()]
-    few = min(report[name]["images"] or math.inf for name in ("real", "generated") if name in report)
-    if "fid" in report and few < report["dim"]:
+            spread = f" +- {report[key + '_std']:.4g}" if report.get(key + "_std") else ""
+            bias, note = report.get(key + "_bias", -math.inf), ""
+            if key in ("kid", "is"):
+                note = f" (subsets of {report['kid_subset']:,})" if key == "kid" else f" ({report['is_splits']} splits)"
+            elif bias > report[key]:
+                note = " (no more than sets so small have by chance)"
+            elif bias > 0.005 * report[key]:
+                note = (f" ({'at least' if few < report['dim'] else 'about'} {bias:.3g} of it because "
+                        + ("the sets are" if len(finite) == 2 else f"{finite[0]} is") + " finite)")
+            name = {"dinov2": "fd_dinov2", "random": "fd_random"}.get(report["network"], key) if key == "fid" else key
+            lines.append(f"{name:<12}{report[key]:.6g}{spread}{note}")
+    lines += [f"{metric:<12}left out: {why}" for metric, why in report["left_out"].items()]
+    if few < report["dim"]:
         lines.append(f"Careful: {few:,} images for {report['dim']:,} features. Compare only with figures of as "
                      "many images; papers take 50,000.")
-    if report["network"] == "random" and report["weights"]:
+    for name in sets:
+        if report[name]["unknown"]:
+            lines.append(f"Careful: {report[name]['name']} does not say with which network, weights and mode it was "
+                         "made; pytorch-fid's take --mode legacy_pytorch, clean-fid's clean.")
+    if report["network"] == "random":
         lines.append("Careful: --network random compares with nothing published, only with itself.")
     return "\n".join(lines)
 
@@ -1142,7 +1151,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; nothing was written", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped, before there were figures", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

@@ -640,7 +640,7 @@ def part_fid(args):
     x, y = (torch.randn(10_000, 2048, generator=g) @ mix + shift for shift in (0, 0.01))
     stats = [(f.double().mean(0).numpy(), np.cov(f.numpy(), rowvar=False)) for f in (x, y)]
     tensors = [(torch.from_numpy(mu), torch.from_numpy(sigma)) for mu, sigma in stats]
-    works = {"fid.py": lambda: fid.frechet_distance(*(v for mu, s in tensors for v in (mu, fid.root(s)))),
+    works = {"fid.py": lambda: fid.frechet_distance(*(v for mu, s in tensors for v in (mu, fid.factor(s)))),
              "pytorch-fid, clean-fid (scipy.linalg.sqrtm)": lambda: calculate_frechet_distance(*stats[0], *stats[1]),
              "torch-fidelity (eigvals)": lambda: fid_statistics_to_metric(
                  *(dict(mu=mu, sigma=s) for mu, s in stats), False)["frechet_inception_distance"]}
