@@ -1,4 +1,5 @@
 """fid.py against closed forms, against pytorch-fid, torch-fidelity and clean-fid, and as its users call it."""
+import functools
 import hashlib
 import json
 import math
@@ -682,7 +683,8 @@ def test_a_full_disk(capsys, monkeypatch):
 def test_a_signal_ends_it_at_once(number):
     noise("b", 5)
     command = [sys.executable, ROOT / "fid.py", "drawn_faces", "b", *R, "--num_images", "1000000", "--batch", "8"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs are started deaf to it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         head = process.stderr.read(20)  # the bar: it has begun
         time.sleep(1)
         process.send_signal(number)
