@@ -7,6 +7,7 @@
     python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
     python tests/bench.py --parts fid    # fid.py beside torch-fidelity, pytorch-fid and clean-fid; a quarter of an hour
+    python tests/bench.py --parts dit    # latent_dit.py beside diffusers' transformer, and by tokens and processes
     python tests/bench.py --parts nfe    # quality by calls of the network, of the models that it finds in out/
 
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
@@ -44,6 +45,7 @@ import cfm_images  # noqa: E402
 import ddpm_2d  # noqa: E402
 import ddpm_images as d  # noqa: E402
 import fid  # noqa: E402
+import latent_dit  # noqa: E402
 
 
 def machine(device):
@@ -661,11 +663,99 @@ def part_fid(args):
     table(["what", "time", "times ours", "relative difference"], rows)
 
 
+# -----------------------------------------------------------------------------
+# Part dit: a training step of latent_dit.py beside diffusers' DiT of the same width, depth, heads and tokens; then its
+# cost by tokens, and by processes. Noise and t, forward, backward, clipping, fused AdamW, EMA; random latents.
+
+DIT_CASES = {"cpu": [("tiny", 1, 8, 8, 64), ("S", 2, 4, 32, 8)], "cuda": [("B", 2, 4, 32, 256), ("XL", 2, 4, 32, 128)]}
+
+
+def dit_step(who, size, patch, C, side, B, setting, device):
+    """-> a function that does one training step, and the parameters."""
+    torch.manual_seed(0)
+    depth, D, heads = latent_dit.SIZES[size]
+    if who == "ours":
+        model = latent_dit.DiT(C, patch, size, 1000).to(device)
+        call = model
+    else:
+        from diffusers import DiTTransformer2DModel
+        model = DiTTransformer2DModel(
+            num_attention_heads=heads, attention_head_dim=D // heads, in_channels=C, out_channels=C, num_layers=depth,
+            sample_size=side, patch_size=patch, num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
+            norm_elementwise_affine=False, norm_eps=1e-5).to(device)
+
+        def call(zt, t, y):
+            return model(zt, timestep=1000 * t, class_labels=y).sample
+    ema = copy.deepcopy(model).requires_grad_(False)
+    opt = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    if device == "cuda":
+        model.compile()
+
+    def step():
+        z0, eps = torch.randn(2, B, C, side, side, device=device)
+        t, y = torch.rand(B, device=device), torch.randint(0, 1000, (B,), device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=setting == "bf16"):
+            loss = latent_dit.loss_fn(call, z0, eps, t, y).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        latent_dit.update_ema(ema, model, 0.999)
+    return step, count(model), 3 * latent_dit.DiT.flops(model, side, side) * B if who == "ours" else None
+
+
+def part_dit(args):
+    rows, device = [], args.device
+    peak = latent_dit.peak_flops(torch.device(device)) if device == "cuda" else None
+    for size, patch, C, side, B in DIT_CASES[device]:
+        for setting in ("fp32", "bf16") if device == "cpu" else ("bf16",):
+            steps = {who: dit_step(who, size, patch, C, side, B, setting, device) for who in ("ours", "diffusers")}
+            times = {who: [] for who in steps}
+            for who, (step, *_) in steps.items():
+                seconds(step, device, 2)
+            for _ in range(args.rounds):
+                for who, (step, *_) in steps.items():
+                    times[who].append(seconds(step, device))
+            middle = {who: statistics.median(took) for who, took in times.items()}
+            ratios, flops = [b / a for a, b in zip(times["ours"], times["diffusers"])], steps["ours"][2]
+            rows.append([f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                         f"{size}/{patch}, {(side // patch) ** 2} tokens, batch {B}, {setting}",
+                         *(f"{B / middle[who]:.1f} images/s, {steps[who][1] / 1e6:.1f}M parameters" for who in steps),
+                         f"{flops / middle['ours'] / 1e12:.2f} TFLOP/s"
+                         + (f", MFU {100 * flops / middle['ours'] / peak:.0f} %" if peak else "")])
+    print(f"\n## Training step of a diffusion transformer\n\n{machine(device)}; medians (and range) of {args.rounds} "
+          "alternating rounds")
+    table(["speed, ours / diffusers", "model", "latent_dit.py", "diffusers", "arithmetic of ours"], rows)
+    rows = []
+    for side in (32, 64, 128):
+        step, _, flops = dit_step("ours", "S", 2, 4, side, 1, "bf16", device)
+        seconds(step, device)
+        took = statistics.median(seconds(step, device) for _ in range(3))
+        rows.append([f"{(side // 2) ** 2:,}", f"{took:.2f} s", f"{flops / 1e12:.2f} TFLOP",
+                     f"{flops / took / 1e12:.2f} TFLOP/s"])
+    print("## A step of DiT-S/2 by tokens, one image, bf16\n")
+    table(["tokens", "time", "work", "speed"], rows)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(__file__).resolve().parent.parent / "latent_dit.py"
+        flags = ["--preset", "cpu", "--vae", "none", "--size", "64", "--patch_size", "8", "--steps", "60",
+                 "--eval_every", "60", "--sample_steps", "1", "--device", device]
+        for n in (1, 2):
+            env = os.environ | {"OMP_NUM_THREADS": str(max(1, THREADS // n))}
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", str(script), *flags,
+                            "--out", f"{folder}/{n}"], check=True, cwd=folder, env=env, capture_output=True)
+            records = [json.loads(line) for line in Path(folder, str(n), "log.jsonl").read_text().splitlines()]
+            speed = statistics.median(r["img_per_s"] for r in records[2:] if "img_per_s" in r)
+            rows.append([str(n), f"{speed:.0f} images/s"])
+    print(f"## By processes (gloo on a CPU; {THREADS} threads in all), the cpu preset's transformer on pixels\n")
+    table(["processes", "speed"], rows)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality,
-             "nfe": part_nfe, "fid": part_fid}
+             "nfe": part_nfe, "fid": part_fid, "dit": part_dit}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
     p.add_argument("--images", type=int, default=1000, help="fid: images in each folder")
