@@ -682,7 +682,7 @@ def test_a_full_disk(capsys, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_at_once(number):
     noise("b", 5)
-    command = [sys.executable, ROOT / "fid.py", "drawn_faces", "b", *R, "--num_images", "1000000", "--batch", "8"]
+    command = [sys.executable, ROOT / "fid.py", "drawn_faces", "b", *R, "--num_images", "100000", "--metrics", "fid"]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs are started deaf to it
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         head = process.stderr.read(20)  # the bar: it has begun
