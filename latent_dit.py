@@ -232,12 +232,13 @@ def guided(model, y, cfg_scale, interval):
 # The model: a transformer on patches of latents. B images, N tokens, width D, d channels per head.
 
 
-def rope(H, W, d, device):
+def rope(H, W, d, device, stretch=1.0):
     """2-D rotary positions, 2104.09864 on two axes: cosines and sines (H W, d / 2) of the angles by which the channels
     of a token turn, the first half of them by its row, the other by its column. What q and k then have in common
-    depends only on how far they are apart, so that other sizes run, too."""
+    depends only on how far they are apart. stretch: how far apart neighbours stand; a larger grid than in training is
+    drawn together to the size of that one, as distances never seen are not understood (2306.15595)."""
     freq = 100.0 ** -(torch.arange(d // 4, device=device) / (d // 4))  # 100: all waves matter on grids of 8 to 64
-    rows, columns = (torch.arange(n, device=device)[:, None] * freq for n in (H, W))
+    rows, columns = (stretch * torch.arange(n, device=device)[:, None] * freq for n in (H, W))
     angle = torch.cat([rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)], 2).flatten(0, 1)
     return angle.cos(), angle.sin()
 
@@ -320,6 +321,7 @@ class DiT(nn.Module):
         super().__init__()
         depth, D, self.heads = SIZES[size]
         self.patch, self.y_null, self.grad_checkpoint = patch, n_classes, grad_checkpoint
+        self.grid = None                                                         # side of the grid in training
         self.embed = nn.Conv2d(C, D, patch, patch)
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Embedding(n_classes + 1, D) if n_classes else None       # the last means "no label"
@@ -341,7 +343,8 @@ class DiT(nn.Module):
     def forward(self, zt, t, y=None, align=False):                               # (B, C, H, W), (B,), (B,)
         x = self.embed(zt).float()                                               # (B, D, H / patch, W / patch)
         H, W = x.shape[2:]
-        x, positions = x.flatten(2).transpose(1, 2), rope(H, W, x.shape[1] // self.heads, x.device)  # (B, N, D)
+        positions = rope(H, W, x.shape[1] // self.heads, x.device, (self.grid or max(H, W)) / max(H, W))
+        x = x.flatten(2).transpose(1, 2)                                         # (B, N, D)
         emb = self.time(waves(1000 * t, 256).to(self.out.weight.dtype))          # (B, D)
         if self.label is not None:
             emb = emb + self.label(torch.full(t.shape, self.y_null, device=t.device) if y is None else y)
@@ -1670,6 +1673,7 @@ def load_model(path, args, device, rank, world):
             raise Stop(f"--vae {args.vae} is not the tokenizer with which {path} was trained")
     model = build_model(args, vae.channels, len(classes))
     load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
+    model.grid = saved.get("size", args.size) // (vae.factor * args.patch_size)
     model, vae = (net.to(device).eval().requires_grad_(False) for net in (model, vae))
     check_size(args, vae)
     return model, vae, classes
@@ -1712,6 +1716,7 @@ def train(args):
 
     torch.manual_seed(mix(INIT, args.seed))
     model = build_model(args, vae.channels, len(data.classes), teacher.dim if teacher else 0).to(device)
+    model.grid = shape[1] // args.patch_size
     model.z_mean.copy_(data.z_mean)
     model.z_std.copy_(data.z_std)
     ema, start, best = copy.deepcopy(model).eval().requires_grad_(False), 0, math.inf

@@ -259,6 +259,20 @@ def test_rotary_positions_only_tell_distances():
     torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag]), rtol=1e-6, atol=1e-6)
 
 
+def test_a_larger_grid_is_drawn_together():
+    """Each second token of a grid twice as large stands where the tokens of the grid of training stood."""
+    cos, sin = (a.view(8, 8, 6) for a in mm.rope(8, 8, 12, "cpu", 0.5))
+    for wide, narrow in zip((cos, sin), mm.rope(4, 4, 12, "cpu")):
+        torch.testing.assert_close(wide[::2, ::2], narrow.view(4, 4, 6))
+    model, t = randomise(small(patch=1)), torch.tensor([0.5]).double()
+    z = uniform(1, 4, 4, 4)
+    free = model(z, t)
+    model.grid = 4
+    assert torch.equal(model(z, t), free)
+    model.grid = 2
+    assert not torch.allclose(model(z, t), free)
+
+
 def test_the_block_is_what_its_papers_say():
     """Written out once more, token by token and head by head, without fused kernels."""
     model = randomise(small())
