@@ -1089,6 +1089,7 @@ def encode_data(vae, vae_key, data, args, device, rank, world):
                         z = z.double().cpu().transpose(0, 1).flatten(1)                     # (C, B h w)
                         total += torch.stack([torch.full((C,), float(z.shape[1])), z.sum(1), z.square().sum(1)])
         except OSError as e:
+            part.unlink(missing_ok=True)
             raise Stop(f"cannot write {part}: {e.strerror}", 1)
         n, s, ss = sum_over_ranks(total.float().to(device)).cpu().double()
         if local == 0:

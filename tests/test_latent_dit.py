@@ -474,7 +474,8 @@ def test_pixels_need_no_cache(cached):
     torch.testing.assert_close(z, torch.cat([2 * x, 2 * x.flip(-1)]))
 
 
-def test_accumulation_equals_the_big_batch():
+def test_accumulation_equals_the_big_batch(monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: None)  # it would hide a factor
     g = torch.Generator().manual_seed(0)
     batch = (torch.randn(8, 4, 8, 8, generator=g).double(), torch.randn(8, 4, 8, 8, generator=g).double(),
              torch.rand(8, generator=g).double(), torch.randint(0, 4, (8,), generator=g), None)
@@ -531,6 +532,10 @@ def test_representation_alignment(cached, monkeypatch):
     z0, eps, t, y = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 3])
     _, told = model(mm.path(z0, eps, t.view(-1, 1, 1, 1))[0], t, y, align=True)
     assert told.shape == (2, 16, 64)
+    deeper = mm.copy.deepcopy(model)
+    for block in deeper.blocks[2:]:
+        randomise(block)
+    torch.testing.assert_close(deeper(mm.path(z0, eps, t.view(-1, 1, 1, 1))[0], t, y, align=True)[1], told)  # a third up
     seen = teacher.float()(x.float(), 16)
     for pictures, weight in ((x.float(), 0.5), (None, 0)):
         model.zero_grad()
@@ -574,6 +579,9 @@ def test_sampling_at_another_size(prepared):
     model = prepared / "out/smoke/model.safetensors"
     assert run("--sample", 2, "--ckpt", model, "--size", 64, "--device", "cpu", "--out", "big") == 0
     assert Image.open("big/generated/000001.png").size == (64, 64)
+    args = mm.parse_args(["--sample", "2", "--ckpt", str(model), "--size", "64"])
+    net, *_ = mm.load_model(model, args, torch.device("cpu"), 0, 1)
+    assert args.time_shift == mm.natural_shift(8 * 8 * 8) and net.grid == 4  # four times the numbers, twice the shift
     assert run("--sample", 2, "--ckpt", model, "--device", "cpu", "--out", "small", "--sampler", "heun") == 0
     assert Image.open("small/generated/000001.png").size == (32, 32)
 
