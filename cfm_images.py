@@ -1096,13 +1096,15 @@ def note_signals():
     return noted
 
 
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125, "A10G": 70,
-               "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125,
+               "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
 
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU by its data sheet, None where it is not listed."""
     words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
+    if {"Laptop", "D", "Ti", "MIG"} & set(words):  # others than the cards of that number
+        return None
     return next((1e12 * v for k, v in PEAK_TFLOPS.items() if set(k.split()) <= set(words)), None)
 
 
@@ -1592,8 +1594,8 @@ def train(args):
         if stop:
             if not evaluate:
                 save(step)
-            raise Stop(f"stopped at step {step}; go on: python cfm_images.py --resume {out / 'ckpt.pt'}",
-                       [*noted, 130][0])
+            raise Stop(f"stopped at step {step}; go on: {'torchrun ...' if world > 1 else 'python'} cfm_images.py "
+                       f"--resume {out / 'ckpt.pt'}", [*noted, 130][0])
         if last:
             break
 
@@ -1608,6 +1610,8 @@ def train(args):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_at_once)  # all is saved
+    if noted and world == 1:  # while the last step was evaluated
+        raise KeyboardInterrupt(noted[0] - 128)
     if rank == 0:
         plot_loss(out / "loss.png", log)
         say("trained; now the pictures, and how exact each solver is")
@@ -1620,6 +1624,8 @@ def sample_only(args):
     """--sample N --ckpt FILE: pictures from a finished model, as generated/000000.png ... and one grid."""
     device, rank, world = setup(args)
     file = args.ckpt or args.from_ddpm
+    if "out" not in args.given:
+        args.out = str(Path(file).parent)
     sampling = {"sample_steps", "shift", "tol", "cfg_scale", "cfg_interval"}  # as in training, unless given
     sampling |= set() if args.input else {"sampler"}
     model, classes = load_model(file, args, device, set() if args.from_ddpm else sampling - args.given)

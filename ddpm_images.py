@@ -933,13 +933,15 @@ def note_signals():
     return noted
 
 
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125, "A10G": 70,
-               "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125,
+               "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
 
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU by its data sheet, None where it is not listed."""
     words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
+    if {"Laptop", "D", "Ti", "MIG"} & set(words):  # others than the cards of that number
+        return None
     return next((1e12 * v for k, v in PEAK_TFLOPS.items() if set(k.split()) <= set(words)), None)
 
 
@@ -1278,8 +1280,8 @@ def train(args):
         if stop:
             if not evaluate:
                 save(step)
-            raise Stop(f"stopped at step {step}; go on: python ddpm_images.py --resume {out / 'ckpt.pt'}",
-                       [*noted, 130][0])
+            raise Stop(f"stopped at step {step}; go on: {'torchrun ...' if world > 1 else 'python'} ddpm_images.py "
+                       f"--resume {out / 'ckpt.pt'}", [*noted, 130][0])
         if last:
             break
 
@@ -1294,6 +1296,8 @@ def train(args):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_at_once)  # all is saved
+    if noted and world == 1:  # while the last step was evaluated
+        raise KeyboardInterrupt(noted[0] - 128)
     if rank == 0:
         draw_pictures(out, ema, data, args, alpha_bar, device, y, cond)
         plot_loss(out / "loss.png", log)
@@ -1304,6 +1308,8 @@ def train(args):
 def sample_only(args):
     """--sample N --ckpt FILE: pictures from a finished model, as generated/000000.png ... and one grid."""
     device, rank, world = setup(args)
+    if "out" not in args.given:
+        args.out = str(Path(args.ckpt).parent)
     tensors, saved, data = read_model(args.ckpt, "ddpm_images.py")
     sampling = {"sampler", "sample_steps", "eta", "cfg_scale"}  # as in training, unless given
     adopt(args, saved, ARCHITECTURE + sorted(sampling - args.given), args.ckpt)

@@ -356,7 +356,7 @@ class Inception(nn.Module):
         return features, features @ self.fc.weight.T, spatial
 
 
-class Block(nn.Module):
+class ViTBlock(nn.Module):
     """A transformer block: attention, then an MLP, each scaled by a learnt vector."""
 
     def __init__(self, D):
@@ -389,7 +389,7 @@ class DINOv2(nn.Module):
         self.dim, self.patch = D, nn.Conv2d(3, D, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.position_embeddings = nn.Parameter(torch.zeros_like(tensors["embeddings.position_embeddings"]))
-        self.blocks = nn.ModuleList([Block(D) for _ in range(depth)])
+        self.blocks = nn.ModuleList([ViTBlock(D) for _ in range(depth)])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def translate(self, tensors):

@@ -9,18 +9,19 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 latent_dit.py --preset xl8 \\
         --data data/imagenet/train                             # the same on each of two nodes
 
-Expected, first line: 536 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), 137 s of them for the tokenizer and
-the latents; loss 0.355, val_loss 0.404; 99 % of its faces are one species to a classifier (README.md). GPU: not
+Expected, first line: 566 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), 149 s of them for the tokenizer and
+the latents; loss 0.319, val_loss 0.403; @TOP@ of its faces are one species to a classifier (README.md). GPU: not
 measured yet.
 Writes out/latent_dit/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, reconstruction.png, forward.png,
-guidance.png, reverse.gif, training.gif; with --sample generated/ and generated.png; latents and the tokenizer that it
-trained in data/cache. A new run renames the first three of an old one to *.old, and replaces the rest.
+guidance.png, reverse.gif, training.gif; with --sample generated/ and generated.png beside the --ckpt; latents and the
+tokenizer that it trained in data/cache. A new run renames the first three of an old one to *.old, and replaces the
+rest.
 
 Here t = 0 is data and t = 1 noise, as in SD3 and FLUX.
 Papers: latent diffusion and its autoencoder 2112.10752, DiT and adaLN-Zero 2212.09748, flow matching 2210.02747,
 logit-normal times and their shift 2403.03206 (SD3), rotary positions 2104.09864, SwiGLU 2002.05202, RMSNorm
-1910.07467, QK-norm 2302.05442, all of them in a DiT 2501.01423, representation alignment 2410.06940 (REPA), guidance
-2207.12598 and its interval 2404.07724.
+1910.07467, QK-norm 2302.05442, representation alignment 2410.06940 (REPA), guidance 2207.12598 and its interval
+2404.07724; LightningDiT, 2501.01423, puts most of these together.
 """
 import argparse
 import copy
@@ -61,11 +62,13 @@ from tqdm import tqdm
 SIZES = {"tiny": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESETS = {  # SIZES: blocks, width, heads; all but tiny as in 2212.09748 table 1
     "cpu": dict(size=64, vae="tiny", vae_steps=3000, model="tiny", patch_size=1, steps=1600, batch_size=64, lr=1e-3,
-                ema_decay=0.999, eval_every=400, sample_steps=50, cfg_scale=2.0, compile=False),
-    "gpu": dict(size=256, vae="sd", vae_steps=10_000, model="B", patch_size=2, steps=100_000, batch_size=256, accum=2,
-                lr=3e-4, ema_decay=0.9999, eval_every=5000, sample_steps=50, cfg_scale=2.0, compile=True),
-    "xl8": dict(size=256, vae="sd", vae_steps=10_000, model="XL", patch_size=2, steps=400_000, batch_size=256, lr=2e-4,
-                ema_decay=0.9999, eval_every=10_000, sample_steps=50, cfg_scale=2.0, compile=True),
+                ema_decay=0.999, eval_every=400, sample_steps=50, cfg_scale=1.5, compile=False),
+    "gpu": dict(data="animal_faces", size=256, vae="sd", vae_steps=10_000, model="B", patch_size=2, steps=100_000,
+                batch_size=256, accum=2, lr=3e-4, ema_decay=0.9999, eval_every=5000, sample_steps=50, cfg_scale=2.0,
+                compile=True),
+    "xl8": dict(data="data/imagenet/train", size=256, vae="sd", vae_steps=10_000, model="XL", patch_size=2,
+                steps=400_000, batch_size=256, lr=2e-4, ema_decay=0.9999, eval_every=10_000, sample_steps=50,
+                cfg_scale=2.0, compile=True),
     "smoke": dict(out="out/smoke", size=32, vae="tiny", vae_steps=2, model="tiny", patch_size=1, steps=2, batch_size=16,
                   lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4, cfg_scale=2.0, compile=False),
 }
@@ -107,7 +110,7 @@ def parse_args(argv=None):
                    help="compute activations a second time instead of keeping them: less memory, a third more work")
     g = p.add_argument_group("flow")
     g.add_argument("--time_shift", type=float, help="more than 1: more of the times where there is much noise, in "
-                   "training and sampling; unless given the root of (numbers in a latent / 4096)")
+                   "training and sampling; unless given the root of (numbers in a latent / 4096), at least 1")
     g.add_argument("--repa", type=float, nargs="?", const=0.5, default=0.0, metavar="WEIGHT",
                    help="weight of the agreement with what DINOv2 sees; 0 = off")
     g.add_argument("--repa_until", type=int, default=100_000, help="the step after which --repa ends")
@@ -124,6 +127,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
+    g.add_argument("--label", metavar="CLASS", help="draw this class alone, its name or number; else all in turn")
     g.add_argument("--sampler", choices=SAMPLERS, default="euler", help="how noise becomes data")
     g.add_argument("--sample_steps", type=int, help="steps from noise to data")
     g.add_argument("--cfg_scale", type=float, help="strength of classifier-free guidance; 1 = off")
@@ -161,6 +165,8 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
+    if args.label is not None and not args.sample:
+        error("--label goes with --sample")
     for name, choices in (("model", SIZES), ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")
@@ -178,16 +184,18 @@ def path(x0, eps, t):
 
 
 def logit_normal(shape, shift, generator):
-    """Training times in (0, 1): sigmoid of a normal number, 2403.03206 eq. 19, shifted as time_grid() shifts."""
+    """Training times in (0, 1): sigmoid of a normal number, 2403.03206 eq. 19, so that most are in the middle, where
+    there is most to learn; shift > 1 moves them to more noise, as time_grid() does."""
     t = torch.sigmoid(torch.randn(shape, generator=generator))
     return shift * t / (1 + (shift - 1) * t)
 
 
-def natural_shift(numbers):
-    """The shift for latents of so many numbers. More of them tell more of the picture at an equal t, so that more noise
-    is needed to hide it: 2403.03206 eq. 23, sqrt(m / n), with the 4 x 32 x 32 of Stable Diffusion at 256 pixels for
-    which shift = 1 is right as n (2510.11690)."""
-    return math.sqrt(numbers / 4096)
+def natural_shift(dim):
+    """The shift for latents of dim = C h w numbers. More of them tell more of the picture at an equal t, so that more
+    noise is needed to hide it: 2403.03206 eq. 23, sqrt(m / n), with the 4 x 32 x 32 of Stable Diffusion at 256 pixels,
+    for which 1 is right, as n (2510.11690). Never below 1: the times next to noise would hardly be trained, and
+    sampling begins there."""
+    return max(1.0, math.sqrt(dim / 4096))
 
 
 def loss_fn(model, x0, eps, t, y=None):
@@ -232,14 +240,14 @@ def guided(model, y, cfg_scale, interval):
 # The model: a transformer on patches of latents. B images, N tokens, width D, d channels per head.
 
 
-def rope(H, W, d, device, stretch=1.0):
+def rope(H, W, d, device, scale=1.0):
     """2-D rotary positions, 2104.09864 on two axes: cosines and sines (H W, d / 2) of the angles by which the channels
-    of a token turn, the first half of them by its row, the other by its column. What q and k then have in common
-    depends only on how far they are apart. stretch: how far apart neighbours stand; a larger grid than in training is
-    drawn together to the size of that one, as distances never seen are not understood (2306.15595)."""
-    freq = 100.0 ** -(torch.arange(d // 4, device=device) / (d // 4))  # 100: all waves matter on grids of 8 to 64
-    rows, columns = (stretch * torch.arange(n, device=device)[:, None] * freq for n in (H, W))
-    angle = torch.cat([rows[:, None].expand(H, W, -1), columns[None].expand(H, W, -1)], 2).flatten(0, 1)
+    of q and k turn, the first half of them by the row of a token, the other by its column. Their product q . k then
+    depends on how far two tokens are apart, and not on where they stand. Positions are multiplied by scale, (side of
+    the grid in training) / (side now): distances never seen are not understood (2306.15595)."""
+    freq = 100.0 ** -(torch.arange(d // 4, device=device) / (d // 4))  # 100: more waves vary on grids of 8 to 64
+    rows, columns = (scale * torch.arange(n, device=device)[:, None] * freq for n in (H, W))
+    angle = torch.cat([rows.repeat_interleave(W, 0), columns.repeat(H, 1)], 1)
     return angle.cos(), angle.sin()
 
 
@@ -296,24 +304,26 @@ class SwiGLU(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero, 2212.09748 section 3.2: time and class shift and scale what attention and MLP see, and gate what they
-    add. The gates are 0 at the start, so that each block begins as the identity."""
+    """adaLN-Zero, 2212.09748 section 3.2: x + gate * f(norm(x) * (1 + scale) + shift), with f = attention, then MLP.
+    Time and class set shift, scale and gate; all are 0 at the start, so that each block begins as the identity."""
 
     def __init__(self, D, heads):
         super().__init__()
         self.norm1, self.norm2 = (nn.RMSNorm(D, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.attn, self.mlp, self.modulation = SelfAttention(D, heads), SwiGLU(D), nn.Linear(D, 6 * D)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.attn, self.mlp, self.adaLN = SelfAttention(D, heads), SwiGLU(D), nn.Linear(D, 6 * D)
+        nn.init.zeros_(self.adaLN.weight)
+        nn.init.zeros_(self.adaLN.bias)
 
     def forward(self, x, emb, positions):                                        # (B, N, D), (B, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)    # (B, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(emb)[:, None].chunk(6, -1)    # (B, 1, D) each
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, positions)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)       # (B, N, D)
 
 
 class DiT(nn.Module):
     """(zt, t, y) -> velocity. zt (B, C, H, W), t (B,) in [0, 1], y (B,) labels or None; H and W multiples of patch.
+    A token is a patch of latents. With align=True also what --repa compares, (B, N, repa_dim).
+    differs from the paper: PyTorch's own start of linear layers, not Xavier's.
 
     z_mean, z_std (C, 1, 1): of the tokenizer's latents, by which these are brought to mean 0 and variance 1."""
 
@@ -321,14 +331,14 @@ class DiT(nn.Module):
         super().__init__()
         depth, D, self.heads = SIZES[size]
         self.patch, self.y_null, self.grad_checkpoint = patch, n_classes, grad_checkpoint
-        self.grid = None                                                         # side of the grid in training
+        self.grid = None                                                         # tokens a side in training, if other
         self.embed = nn.Conv2d(C, D, patch, patch)
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Embedding(n_classes + 1, D) if n_classes else None       # the last means "no label"
         self.blocks = nn.ModuleList([DiTBlock(D, self.heads) for _ in range(depth)])
-        self.norm, self.modulation = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False), nn.Linear(D, 2 * D)
+        self.norm, self.adaLN = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False), nn.Linear(D, 2 * D)
         self.out = nn.Linear(D, patch * patch * C)
-        for zero in (self.modulation, self.out):
+        for zero in (self.adaLN, self.out):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
         for module in self.time[0], self.time[2]:
@@ -341,39 +351,39 @@ class DiT(nn.Module):
         self.register_buffer("z_std", torch.ones(C, 1, 1))
 
     def forward(self, zt, t, y=None, align=False):                               # (B, C, H, W), (B,), (B,)
-        x = self.embed(zt).float()                                               # (B, D, H / patch, W / patch)
-        H, W = x.shape[2:]
+        x = self.embed(zt).to(self.out.weight.dtype)  # under autocast, too: bf16 would lose what blocks add
+        H, W = x.shape[2:]                                                       # (B, D, H / patch, W / patch)
         positions = rope(H, W, x.shape[1] // self.heads, x.device, (self.grid or max(H, W)) / max(H, W))
         x = x.flatten(2).transpose(1, 2)                                         # (B, N, D)
-        emb = self.time(waves(1000 * t, 256).to(self.out.weight.dtype))          # (B, D)
+        emb = self.time(waves(1000 * t, 256).to(self.out.weight.dtype))          # (B, D); waves wants 0..1000
         if self.label is not None:
             emb = emb + self.label(torch.full(t.shape, self.y_null, device=t.device) if y is None else y)
-        emb, told = F.silu(emb), None
+        emb, h_proj = F.silu(emb), None
         for i, block in enumerate(self.blocks):
             if self.grad_checkpoint and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, emb, positions, use_reentrant=False)
             else:
                 x = block(x, emb, positions)                                     # (B, N, D)
-            if align and i + 1 == -(-len(self.blocks) // 3):  # a third of the way up, 2410.06940 table 2
-                told = self.repa(x)                                              # (B, N, repa_dim)
-        shift, scale = self.modulation(emb)[:, None].chunk(2, -1)
+            if align and i + 1 == min(8, -(-len(self.blocks) // 3)):  # 2410.06940 table 2: B 4, L and XL 8
+                h_proj = self.repa(x)                                            # (B, N, repa_dim)
+        shift, scale = self.adaLN(emb)[:, None].chunk(2, -1)
         x = self.out(self.norm(x) * (1 + scale) + shift)                         # (B, N, C patch^2)
         v = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (H, W)), self.patch)  # (B, C, H, W)
-        return (v, told) if align else v
+        return (v, h_proj) if align else v
 
     def flops(self, H, W):
         """Floating-point operations of one image's forward pass, 2 per multiply-add, attention included."""
         N, D = (H // self.patch) * (W // self.patch), self.out.in_features
         linear = [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        once = [self.modulation, *self.time, *(block.modulation for block in self.blocks)]  # an image, not a token
+        once = [self.adaLN, *self.time, *(block.adaLN for block in self.blocks)]  # an image, not a token
         weights = sum(m.weight.numel() * (1 if any(m is o for o in once) else N) for m in linear)
         return 2 * (weights + len(self.blocks) * 2 * N * N * D)                  # q k^T, and the mean of v
 
 
 # -----------------------------------------------------------------------------
-# Tokenizers: autoencoders between pictures (B, 3, H, W) in [-1, 1] and latents (B, channels, H / factor, W / factor).
-# encode(x) -> latents, decode(z) -> pictures. Each is read from raw safetensors; the names of the weights are those of
-# the files.
+# Tokenizers, as the field calls an autoencoder whose latents a transformer works on (text has nothing to do with it):
+# pictures (B, 3, H, W) in [-1, 1] -> encode(x) -> latents (B, channels, H / factor, W / factor) -> decode(z) ->
+# pictures. Each is read from raw safetensors; the names of the weights are those of the files.
 
 
 class KLResBlock(nn.Module):
@@ -405,7 +415,8 @@ class KLAttention(nn.Module):
 
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion, 2112.10752: Stable Diffusion's, SDXL's and FLUX's. Latents are the mean of
-    the posterior (its deviation is tiny), shifted and scaled as these models take them. tensors tell the sizes."""
+    the posterior (its deviation is tiny), shifted and scaled as these models take them; encode_data() norms them once
+    more, per channel. tensors tell the sizes."""
 
     def __init__(self, tensors, scale=0.18215, shift=0.0, groups=32):
         super().__init__()
@@ -435,10 +446,13 @@ class AutoencoderKL(nn.Module):
             up.append(stage(widths[min(i + 1, n - 1)], c, each + 1, upsamplers=conv))
         self.encoder = coder(3, widths[0], top, 2 * self.channels, down_blocks=down)
         self.decoder = coder(self.channels, top, widths[0], 3, up_blocks=up)
-        whole = "quant_conv.weight" in tensors                                   # FLUX's has none
+        whole = "quant_conv.weight" in tensors  # 1 x 1, left over from a quantised autoencoder; FLUX's has none
         self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1) if whole else nn.Identity()
         self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1) if whole else nn.Identity()
         load_weights(self, tensors, "the file")
+
+    def extra_repr(self):
+        return f"scale={self.scale}, shift={self.shift}"
 
     def middle(self, h, block):
         return block["resnets"][1](block["attentions"][0](block["resnets"][0](h)))
@@ -497,15 +511,15 @@ class TAESD(nn.Module):
         return self.encoder(x / 2 + 0.5)                                         # (B, channels, H / 8, W / 8)
 
     def decode(self, z):                                                         # (B, channels, H / 8, W / 8)
-        return self.decoder(torch.tanh(z / 3) * 3) * 2 - 1                       # (B, 3, H, W)
+        return self.decoder(torch.tanh(z / 3) * 3) * 2 - 1                       # a soft clamp; (B, 3, H, W)
 
 
 class Cosmos(nn.Module):
     """NVIDIA's continuous image tokenizers: two TorchScript files, which bring their own code."""
 
-    def __init__(self, folder):
+    def __init__(self, files):
         super().__init__()
-        self.encoder, self.decoder = (torch.jit.load(folder / f"{name}.jit", "cpu") for name in ("encoder", "decoder"))
+        self.encoder, self.decoder = (torch.jit.load(file, "cpu") for file in files)
         with torch.no_grad():
             z = self.encode(torch.zeros(1, 3, 64, 64))
         self.channels, self.factor = z.shape[1], 64 // z.shape[2]
@@ -523,7 +537,7 @@ class Cosmos(nn.Module):
 
 
 class TinyBlock(nn.Module):
-    """Begins as the identity, which doubles the speed of learning."""
+    """Begins as the identity, which is sooner trained."""
 
     def __init__(self, c):
         super().__init__()
@@ -537,7 +551,8 @@ class TinyBlock(nn.Module):
 
 
 class TinyVAE(nn.Module):
-    """A small KL autoencoder that the script trains itself, where none can be downloaded. It works on patches of 4."""
+    """A small KL autoencoder that the script trains itself, where none can be downloaded. Its first layers see patches
+    of 4 x 4 pixels, because full resolution costs most."""
     channels, factor = 8, 8
 
     def __init__(self):
@@ -551,7 +566,8 @@ class TinyVAE(nn.Module):
                                      nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, 48, 3, padding=1), nn.PixelShuffle(4))
 
     def loss(self, x, noise, kl_weight=1e-4):
-        """2112.10752 appendix G, without a discriminator: x (B, 3, H, W), noise like the latents -> loss."""
+        """2112.10752 appendix G, without a discriminator: x (B, 3, H, W), noise like the latents -> loss. The KL term
+        holds latents near N(0, 1); more of it would blur."""
         mean, log_var = self.encoder(x).chunk(2, 1)
         log_var = log_var.clamp(-12, 4)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
@@ -582,7 +598,7 @@ class Pixels(nn.Module):
 TEACHER = "facebook/dinov2-base"  # of 2410.06940 table 2
 
 
-class Block(nn.Module):
+class ViTBlock(nn.Module):
     """A transformer block: attention, then an MLP, each scaled by a learnt vector."""
 
     def __init__(self, D):
@@ -615,7 +631,7 @@ class DINOv2(nn.Module):
         self.dim, self.patch = D, nn.Conv2d(3, D, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.position_embeddings = nn.Parameter(torch.zeros_like(tensors["embeddings.position_embeddings"]))
-        self.blocks = nn.ModuleList([Block(D) for _ in range(depth)])
+        self.blocks = nn.ModuleList([ViTBlock(D) for _ in range(depth)])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def translate(self, tensors):
@@ -653,7 +669,8 @@ class Teacher(nn.Module):
 
     def __init__(self, rank, world):
         super().__init__()
-        path = on_each_node(functools.partial(hub_file, TEACHER, "model.safetensors"), rank, world)[0]
+        paths = on_each_node(functools.partial(hub_file, TEACHER, "model.safetensors"), rank, world)
+        path = paths[int(os.environ.get("GROUP_RANK", 0))]  # the one of this node
         tensors = load_safetensors(path)[0]
         self.net = DINOv2(tensors)
         load_weights(self.net, self.net.translate(tensors), path)
@@ -928,8 +945,8 @@ VAES = {"sd": ("stabilityai/sd-vae-ft-ema", "diffusion_pytorch_model.safetensors
                  dict(scale=0.3611, shift=0.1159)),
         "taesd": ("madebyollin/taesd", "diffusion_pytorch_model.safetensors", {}),
         "taef1": ("madebyollin/taef1", "diffusion_pytorch_model.safetensors", {}),
-        "cosmos": ("nvidia/Cosmos-Tokenizer-CI8x8", "encoder.jit", {}),
-        "cosmos16": ("nvidia/Cosmos-Tokenizer-CI16x16", "encoder.jit", {})}
+        "cosmos": ("nvidia/Cosmos-0.1-Tokenizer-CI8x8", "encoder.jit", {}),
+        "cosmos16": ("nvidia/Cosmos-0.1-Tokenizer-CI16x16", "encoder.jit", {})}
 
 
 def find_vae(name):
@@ -946,10 +963,11 @@ def find_vae(name):
         raise Stop(f"--vae {name} is none of {known}, and no file or folder with an autoencoder")
     if len(files) > 2:
         raise Stop(f"--vae {name} holds several autoencoders: name one file, such as {files[0]}")
-    if len(files) == 1 and files[0].name.endswith("encoder.safetensors"):
-        files.append(files[0].with_name(files[0].name.replace("encoder.", "decoder.")))
-        if not files[1].is_file():
-            raise Stop(f"--vae {name} is an encoder; its decoder, {files[1]}, is not there")
+    half = re.fullmatch(r"(.*)(en|de)coder(\.jit|\.safetensors)", files[0].name)
+    if half:  # in two files
+        files = [files[0].with_name(f"{half[1]}{part}coder{half[3]}") for part in ("en", "de")]
+        if not all(file.is_file() for file in files):
+            raise Stop(f"--vae {name} is one half of a tokenizer; {files[half[2] == 'en']} is not there")
     how, config = {}, files[0].with_name("config.json")
     if config.exists():
         try:
@@ -965,9 +983,9 @@ def read_vae(files, how):
     """The tokenizer in these files, whatever kind it is. Raises Stop."""
     if files[0].suffix == ".jit":
         try:
-            return Cosmos(files[0].parent)
+            return Cosmos(files)
         except (RuntimeError, ValueError, OSError) as e:
-            raise Stop(f"{files[0].parent} does not hold an encoder.jit and a decoder.jit: {str(e).splitlines()[0]}")
+            raise Stop(f"{files[0]} is no tokenizer as NVIDIA's: {str(e).splitlines()[0]}")
     tensors = {}
     for file, prefix in zip(files, ("encoder.", "decoder.") if len(files) == 2 else ("",)):
         tensors |= {prefix + k: v.float() for k, v in load_safetensors(file)[0].items()}
@@ -984,25 +1002,29 @@ def read_vae(files, how):
             return AutoencoderKL(tensors, **how)
         if "encoder.14.bias" in tensors:
             return TAESD(tensors)
+        if "vae.encoder.1.weight" in tensors or "encoder.1.weight" in tensors:  # trained by this script
+            vae, own = TinyVAE(), {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")} or tensors
+            load_weights(vae, own, "the file")
+            return vae
     except Stop as e:
         raise Stop(str(e).replace("the file", str(files[0])))
-    except (KeyError, StopIteration, RuntimeError, ValueError) as e:
-        raise Stop(f"{files[0]} is not a whole autoencoder: {e!r}")
-    raise Stop(f"{files[0]} is no autoencoder of a known kind: AutoencoderKL, or TAESD")
+    except (KeyError, StopIteration, RuntimeError, ValueError, TypeError, ArithmeticError) as e:
+        raise Stop(f"{files[0]} is not a whole autoencoder, or its config.json is wrong: {e!r}")
+    raise Stop(f"{files[0]} is no autoencoder of a known kind: AutoencoderKL, TAESD, or this script's own")
 
 
-def train_tiny(data, args, device, rank, world):
-    """The TinyVAE of these pictures: trained by the first process, unless data/cache has it, and handed to the others.
-    -> the tokenizer, and what tells it from others."""
-    vae = TinyVAE()
+def train_tiny(vae, data, args, device, rank, world):
+    """Trains a TinyVAE on these pictures, on the first process, unless data/cache has the result; all get it."""
     code = [inspect.getsource(part) for part in (TinyVAE, TinyBlock, train_tiny)]
     key = hashlib.sha256(repr([data.key, args.vae_steps, args.seed, code]).encode()).hexdigest()[:16]
     cache = Path(f"data/cache/tiny-vae-{key}.safetensors")
     if rank == 0 and cache.exists():
         load_weights(vae, load_safetensors(cache)[0], cache)
     elif rank == 0:
+        print(f"a tokenizer is trained first: {args.vae_steps} steps", flush=True)
         torch.manual_seed(mix(INIT, args.seed))
-        vae, B = TinyVAE().to(device), 16  # many small steps: of 64 pictures they took 4 times the work
+        vae.load_state_dict(TinyVAE().state_dict())
+        B = 16  # after 37 s, many small steps gave 23.1 dB, steps of 64 pictures 21.2
         opt = torch.optim.AdamW(vae.parameters(), 2e-3, (0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
         dtype = pick_dtype(args.dtype, device)
         for step in (bar := tqdm(range(args.vae_steps), "training the tokenizer", disable=None)):
@@ -1023,80 +1045,90 @@ def train_tiny(data, args, device, rank, world):
                 bar.set_postfix_str(f"loss {loss.item():.4f}")
         cache.parent.mkdir(parents=True, exist_ok=True)
         save_safetensors(cache, vae.state_dict(), dict(format="pt", script="latent_dit.py", kind="tiny_vae"))
-    vae = vae.to(device)
     if world > 1:
         for v in vae.state_dict().values():
             dist.broadcast(v, 0)
-    return vae, key
+
+
+def fingerprint(vae):
+    """What tells a tokenizer from others, wherever it lies."""
+    digest = hashlib.sha256(repr(vae).encode())
+    for v in vae.state_dict().values():
+        digest.update(v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def check_size(args, vae):
+    """Raises Stop when pictures of --size cannot be cut into patches of latents."""
     if args.size % (vae.factor * args.patch_size):
         raise Stop(f"--size has to be a multiple of {vae.factor * args.patch_size}: the tokenizer's {vae.factor} x "
                    f"--patch_size {args.patch_size}")
 
 
-def load_vae(data, args, device, rank, world):
-    """The tokenizer that --vae names, and what tells it from others. Raises Stop."""
-    if args.vae == "tiny":
-        check_size(args, TinyVAE)
-        return train_tiny(data, args, device, rank, world)
-    if args.vae == "none":
-        return Pixels(), "none"
-    files, how = on_each_node(functools.partial(find_vae, args.vae), rank, world)[0]
-    digest = hashlib.sha256(repr(how).encode())
-    for file in files:
-        digest.update(Path(file).read_bytes())
-    return read_vae(files, how), digest.hexdigest()[:16]
+def load_vae(args, rank, world):
+    """The tokenizer that --vae names; tiny is yet to be trained. Raises Stop."""
+    if args.vae in ("tiny", "none"):
+        return TinyVAE() if args.vae == "tiny" else Pixels()
+    found = on_each_node(functools.partial(find_vae, args.vae), rank, world)
+    return read_vae(*found[int(os.environ.get("GROUP_RANK", 0))])  # where this node has it
 
 
 def encode_data(vae, vae_key, data, args, device, rank, world):
     """Adds to data its latents, float16 (1 or 2, N, C, h, w), the second of mirrored pictures, and z_mean, z_std
-    (C, 1, 1). They are computed once, by all processes of a node together, and kept in data/cache. Pixels are not kept
-    twice."""
+    (C, 1, 1). They are computed once, by all processes of a node together, and kept in data/cache; what a run that was
+    cut has left there is not made again. Pixels are not kept twice."""
     C, side = vae.channels, args.size // vae.factor
     data.latents, data.z_mean, data.z_std = None, torch.zeros(C, 1, 1), torch.full((C, 1, 1), 0.5)
     if isinstance(vae, Pixels):
         return
     N, mirrors = len(data.labels), 2 if args.flip else 1
     shape, row = (mirrors, N, C, side, side), C * side * side * 2
-    key = hashlib.sha256(repr([data.key, vae_key, shape, inspect.getsource(encode_data)]).encode()).hexdigest()[:16]
-    cache = Path(f"data/cache/latents-{args.size}-{key}.f16")
-    local, node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("GROUP_RANK", 0))
+    dtype = pick_dtype(args.dtype, device)
+    about = [data.key, vae_key, shape, dtype, inspect.getsource(encode_data)]
+    cache = Path(f"data/cache/latents-{args.size}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.f16")
+    local = int(os.environ.get("LOCAL_RANK", 0))
     ready = torch.tensor(float(cache.exists() and cache.with_suffix(".json").exists()
                                and cache.stat().st_size == mirrors * N * row), device=device)
     if sum_over_ranks(ready) < world:
-        part = cache.with_name(f"{cache.name}.{node}.part")
+        part = cache.with_name(f"{cache.name}.{os.environ.get('GROUP_RANK', 0)}.part")
         if local == 0:
+            if rank == 0:
+                print(f"latents of {mirrors * N} pictures come first, in {cache}", flush=True)
             part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(b"")
+            with open(part, "ab") as f:  # what a run that was cut has made stays; 0 where there is nothing yet
+                f.truncate(mirrors * N * row)
         sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
-        near = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        mine, total = np.array_split(np.arange(N), near)[local], torch.zeros(3, C, dtype=torch.float64)
-        dtype = pick_dtype(args.dtype, device)
+        mine = np.array_split(np.arange(N), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))[local]
+        made, failure = np.memmap(part, np.float16, "r", shape=shape), None
         try:
             with open(part, "r+b") as f, torch.no_grad():
                 for k in tqdm(range(0, len(mine), 16), "latents, once", disable=True if rank else None):
                     i = mine[k:k + 16]
+                    if made[:, i].any((2, 3, 4)).all():
+                        continue
                     x = load_pictures(data.images, i, device)
                     for m in range(mirrors):
                         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                            z = vae.encode(x.flip(-1) if m else x).float()
+                            z = vae.encode(x.flip(-1) if m else x).half()
                         if not z.isfinite().all():
                             raise Stop(f"--vae {args.vae} made latents that are no numbers", 1)
                         f.seek((m * N + int(i[0])) * row)
-                        f.write(z.half().cpu().numpy().tobytes())
-                        z = z.double().cpu().transpose(0, 1).flatten(1)                     # (C, B h w)
-                        total += torch.stack([torch.full((C,), float(z.shape[1])), z.sum(1), z.square().sum(1)])
+                        f.write(z.cpu().numpy().tobytes())
+        except Stop as e:
+            failure = e
         except OSError as e:
-            part.unlink(missing_ok=True)
-            raise Stop(f"cannot write {part}: {e.strerror}", 1)
-        n, s, ss = sum_over_ranks(total.float().to(device)).cpu().double()
+            failure = Stop(f"cannot write {part}: {e.strerror}; make room, and start again to go on with it", 1)
+        failures = [failure] * world
+        if world > 1:
+            dist.all_gather_object(failures, failure)
+        for failure in filter(None, failures):  # of any rank, on all
+            raise failure
         if local == 0:
-            mean = s / n
-            about = dict(mean=mean.tolist(), std=(ss / n - mean ** 2).clamp(min=1e-12).sqrt().tolist())
+            some = made[:, ::max(1, N // 5000)].astype(np.float64)
+            about = dict(mean=some.mean((0, 1, 3, 4)).tolist(), std=some.std((0, 1, 3, 4)).clip(1e-6).tolist())
             write_atomically(cache.with_suffix(".json"), lambda g: g.write(json.dumps(about).encode()))
-            os.replace(part, cache)
+            if part.exists():  # another run on the same pictures may have been here
+                os.replace(part, cache)
         sum_over_ranks(torch.zeros(1, device=device)).item()
     about = json.loads(cache.with_suffix(".json").read_text())
     data.latents = np.memmap(cache, np.float16, "r", shape=shape)
@@ -1409,13 +1441,15 @@ def note_signals():
     return noted
 
 
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125, "A10G": 70,
-               "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125,
+               "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
 
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU by its data sheet, None where it is not listed."""
     words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
+    if {"Laptop", "D", "Ti", "MIG"} & set(words):  # others than the cards of that number
+        return None
     return next((1e12 * v for k, v in PEAK_TFLOPS.items() if set(k.split()) <= set(words)), None)
 
 
@@ -1477,8 +1511,8 @@ def plot_loss(path, records):
 # -----------------------------------------------------------------------------
 # Sampling and training.
 
-ARCHITECTURE = "vae vae_steps model patch_size class_cond".split()
-FREE_ON_RESUME = ("data steps lr out eval_every device dtype compile accum grad_checkpoint sampler sample_steps "
+ARCHITECTURE = "vae_steps model patch_size class_cond".split()
+FREE_ON_RESUME = ("data vae steps lr out eval_every device dtype compile accum grad_checkpoint sampler sample_steps "
                   "cfg_scale cfg_interval").split()
 P_UNCOND = 0.1  # share of labels that training hides, so that one network learns both sides of the guidance
 
@@ -1539,19 +1573,19 @@ def train_step(model, opt, batch, args, amp, teacher):
         z0, eps, t, y, pictures = (None if a is None else a.chunk(args.accum)[k] for a in batch)
         if dist.is_initialized():
             model.require_backward_grad_sync = k == args.accum - 1  # gradients are averaged once per step
-        told, extra = [], 0
+        h_proj, extra = [], 0
 
         def aligned(zt, t, y):
-            v, seen = model(zt, t, y, align=True)
-            told.append(seen)
+            v, h = model(zt, t, y, align=True)
+            h_proj.append(h)
             return v
         with amp():
             loss = loss_fn(aligned if args.repa else model, z0, eps, t, y).mean()
             if args.repa and pictures is None:
-                extra = 0 * told[0].sum()  # --repa_until has come, but DDP wants all weights in use
+                extra = 0 * h_proj[0].sum()  # --repa_until has come, but DDP wants all weights in use
             elif args.repa:
-                seen = teacher(pictures, told[0].shape[1])
-                extra = -args.repa * F.cosine_similarity(told[0].float(), seen.float(), -1).mean()
+                target = teacher(pictures, h_proj[0].shape[1])
+                extra = -args.repa * F.cosine_similarity(h_proj[0].float(), target.float(), -1).mean()
         total += loss.detach() / args.accum
         ((loss + extra) / args.accum).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1591,23 +1625,24 @@ def draw_pictures(out, ema, vae, data, args, device, y):
     x0, times = load_pictures(data.images, data.val[:8], device), [0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1]
     z0 = load_latents(data, data.val[:8], torch.zeros(len(x0), dtype=torch.bool), device)
     again = decode(vae, ema, z0)
-    save_png(out / "reconstruction.png", tile(to_uint8(torch.cat([x0, again])), len(x0)))    # above: the pictures
+    for name in ("reconstruction.png", "guidance.png"):  # an earlier run's; not every run has them
+        (out / name).unlink(missing_ok=True)
+    if not isinstance(vae, Pixels):
+        save_png(out / "reconstruction.png", tile(to_uint8(torch.cat([x0, again])), len(x0)))  # above: the pictures
     eps = next(image_noise(args.seed, range(len(x0)), z0.shape[1:], device))
     steps = torch.stack([path(z0[:6], eps[:6], t)[0] for t in times], 1).flatten(0, 1)       # (6 times, C, h, w)
     save_png(out / "forward.png", tile(to_uint8(decode(vae, ema, steps)), len(times)))
 
-    frames, n = [], 16
-    few = None if y is None else y[:n]
-    def note(t, zt, v):                                                                  # noisy left, its guess right
-        frames.append(np.concatenate([tile(to_uint8(decode(vae, ema, z)), 4) for z in (zt, zt - t * v)], 1))
-    eps = next(image_noise(args.seed, range(n), z0.shape[1:], device))
-    x = generate(ema, vae, args, eps, few, note)
-    frames.append(np.concatenate([tile(to_uint8(x), 4)] * 2, 1))
-    k = -(-len(frames) // 25)                                                            # at most 25 of them
-    save_gif(out / "reverse.gif", frames[(len(frames) - 1) % k::k])
+    n, way = 16, []                                                                          # 16 pictures from noise
+    few, eps = None if y is None else y[:n], next(image_noise(args.seed, range(n), z0.shape[1:], device))
+    # what there is, and the clean latents that it is taken for, which path() has at zt - t v
+    x = generate(ema, vae, args, eps, few, lambda t, zt, v: way.append(torch.cat([zt, zt - t * v])))
+    k = -(-len(way) // 24)                                                                   # at most 24 of them
+    frames = [to_uint8(decode(vae, ema, z)) for z in way[(len(way) - 1) % k::k]] + [to_uint8(torch.cat([x, x]))]
+    save_gif(out / "reverse.gif", [np.concatenate([tile(part, 4) for part in np.split(f, 2)], 1) for f in frames])
     grids = sorted(out.glob("samples/" + "[0-9]" * 6 + ".png"))
     save_gif(out / "training.gif", [np.asarray(Image.open(p)) for p in grids], 500)
-    if y is not None:                                                                    # the same noise, guided more
+    if y is not None:                                                                        # the same noise, guided
         rows = [generate(ema, vae, argparse.Namespace(**{**vars(args), "cfg_scale": scale}), eps[:8], y[:8])
                 for scale in (1.0, 1.5, 2.0, 4.0)]
         save_png(out / "guidance.png", tile(to_uint8(torch.cat(rows)), len(rows[0])))
@@ -1655,23 +1690,23 @@ def load_model(path, args, device, rank, world):
     """The model in a model.safetensors of this script, its tokenizer and its classes; args take over what it was
     trained with. Another --size than that is drawn as it is said, with the times shifted accordingly."""
     tensors, saved, data = read_model(path, "latent_dit.py")
-    also = {"sample_steps", "cfg_scale", "cfg_interval", "sampler", "time_shift", "size"} - args.given
+    also = {"vae", "sample_steps", "cfg_scale", "cfg_interval", "sampler", "time_shift", "size"} - args.given
     adopt(args, saved, ARCHITECTURE + sorted(also), path)
     if "time_shift" in also:
-        args.time_shift *= args.size / saved.get("size", args.size)
+        args.time_shift *= max(1, args.size / saved.get("size", args.size))
     classes = data.get("classes") if isinstance(data, dict) else None
     if not isinstance(classes, list) or args.class_cond and len(classes) < 2:
         raise Stop(f"{path} does not say what its classes were; has it been edited?")
     if args.cfg_scale != 1 and not args.class_cond:
         raise Stop(NO_CLASSES)
     own = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
-    if own:
+    if own and ("vae" not in args.given or args.vae == "tiny"):
         vae = TinyVAE()
         load_weights(vae, own, path)
     else:
-        vae, key = load_vae(None, args, device, rank, world)
-        if key != data.get("vae_key"):
-            raise Stop(f"--vae {args.vae} is not the tokenizer with which {path} was trained")
+        vae = load_vae(args, rank, world)
+    if fingerprint(vae) != data.get("vae_key"):
+        raise Stop(f"--vae {args.vae} is not the tokenizer with which {path} was trained")
     model = build_model(args, vae.channels, len(classes))
     load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
     model.grid = saved.get("size", args.size) // (vae.factor * args.patch_size)
@@ -1693,6 +1728,14 @@ def train(args):
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a, **k: None
     if args.batch_size % (world * args.accum):
         raise Stop(f"--batch_size {args.batch_size} has to be a multiple of {world} processes x --accum {args.accum}")
+    vae = load_vae(args, rank, world).to(device)  # what can be refused is refused before the long work
+    check_size(args, vae)
+    teacher = Teacher(rank, world).to(device).eval() if args.repa else None
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Stop(f"--out {out} cannot be made: {e.strerror}")
     data = shared_data(functools.partial(prepare_data, args.data, args.size, 256 if args.smoke else DRAWN_FACES), rank,
                        world)
     if data.broken:
@@ -1702,55 +1745,62 @@ def train(args):
                    "or their dates have changed, or the code that reads them")
     if len(data.classes) < 2 and "class_cond" not in args.given:
         args.class_cond = False  # there is nothing to tell
-        args.cfg_scale = args.cfg_scale if "cfg_scale" in args.given else 1.0
+    if not args.class_cond and "cfg_scale" not in args.given:
+        args.cfg_scale = 1.0
     if args.cfg_scale != 1 and not args.class_cond:
         raise Stop(NO_CLASSES)
     if args.class_cond and len(data.classes) < 2:
         raise Stop("--class_cond needs pictures in at least two sub-folders (or an .npz with labels)")
-    vae, vae_key = load_vae(data, args, device, rank, world)
-    vae = vae.to(device).eval().requires_grad_(False)
-    check_size(args, vae)
+    say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, "
+        f"{str(pick_dtype(args.dtype, device))[6:]}; writes to {out}")
+    if args.vae == "tiny" and state and state.get("vae"):
+        load_weights(vae, state["vae"], args.resume)
+    elif args.vae == "tiny":
+        train_tiny(vae, data, args, device, rank, world)
+    vae_key = fingerprint(vae)
+    if state and state.get("vae_key") != vae_key:
+        raise Stop(f"--vae {args.vae} is not the tokenizer with which {args.resume} was trained")
+    vae = vae.eval().requires_grad_(False)
     encode_data(vae, vae_key, data, args, device, rank, world)
     shape = (vae.channels, args.size // vae.factor, args.size // vae.factor)
     args.time_shift = args.time_shift or natural_shift(math.prod(shape))
-    teacher = Teacher(rank, world).to(device).eval() if args.repa else None
 
     torch.manual_seed(mix(INIT, args.seed))
     model = build_model(args, vae.channels, len(data.classes), teacher.dim if teacher else 0).to(device)
-    model.grid = shape[1] // args.patch_size
     model.z_mean.copy_(data.z_mean)
     model.z_std.copy_(data.z_std)
     ema, start, best = copy.deepcopy(model).eval().requires_grad_(False), 0, math.inf
     opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
     if state:
         start, best = restore(state, model, ema, opt, args)
+    own_folder, state = state is not None and Path(args.resume).resolve().parent == out.resolve(), None  # frees memory
     raw_model = model
     if args.compile:
         raw_model.compile()
     if world > 1:
-        model = DistributedDataParallel(raw_model, device_ids=[device] if device.type == "cuda" else None)
+        model = DistributedDataParallel(raw_model, device_ids=[device] if device.type == "cuda" else None,
+                                        broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    out, dtype = Path(args.out), pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device)
     settings = {k: v for k, v in vars(args).items() if k != "given"}
     amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     log_every = max(1, min(50, args.steps // 50))
     y = torch.arange(64, device=device) % len(data.classes) if args.class_cond else None
     peak, flops = peak_flops(device), 3 * raw_model.flops(*shape[1:])  # forward once, backward twice
-    own_folder = state is not None and Path(args.resume).resolve().parent == out.resolve()
     log = begin_log(out, start, resumed=own_folder) if rank == 0 else []
     began -= log[-1]["seconds"] if log else 0  # a resumed run counts on
-    say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out; {device} x {world}, "
-        f"{str(dtype)[6:]}; {sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; {args.vae} latents "
-        f"{' x '.join(map(str, shape))}, {math.prod(shape[1:]) // args.patch_size ** 2} tokens; writes to {out}")
+    say(f"{sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; {args.vae} latents "
+        f"{' x '.join(map(str, shape))}, {math.prod(shape[1:]) // args.patch_size ** 2} tokens")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
 
     def save(step):
         if rank == 0:
             ckpt = dict(script="latent_dit.py", args=settings, step=step, data=data.name, key=data.key, best=best,
-                        model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
+                        model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), vae_key=vae_key,
+                        vae=vae.state_dict() if isinstance(vae, TinyVAE) else None)
             write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
             tensors = {k: v for k, v in ema.state_dict().items() if not k.startswith("repa.")}
-            if args.vae == "tiny":  # small, and nowhere else to be had
+            if isinstance(vae, TinyVAE):  # small, and nowhere else to be had
                 tensors |= {f"vae.{k}": v for k, v in vae.state_dict().items()}
             save_safetensors(out / "model.safetensors", tensors, dict(
                 format="pt", script="latent_dit.py", kind="dit", args=json.dumps(settings), data=json.dumps(dict(
@@ -1808,8 +1858,8 @@ def train(args):
         if stop:
             if not evaluate:
                 save(step)
-            raise Stop(f"stopped at step {step}; go on: python latent_dit.py --resume {out / 'ckpt.pt'}",
-                       [*noted, 130][0])
+            raise Stop(f"stopped at step {step}; go on: {'torchrun ...' if world > 1 else 'python'} latent_dit.py "
+                       f"--resume {out / 'ckpt.pt'}", [*noted, 130][0])
         if last:
             break
 
@@ -1823,11 +1873,14 @@ def train(args):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_at_once)  # all is saved
+    if noted and world == 1:  # while the last step was evaluated
+        raise KeyboardInterrupt(noted[0] - 128)
     if rank == 0:
         plot_loss(out / "loss.png", log)
         say("trained; now the pictures")
         again = draw_pictures(out, ema, vae, data, args, device, y)
-        say(f"the tokenizer alone gives held-out pictures back with {again:.1f} dB PSNR ({out}/reconstruction.png)")
+        if args.vae != "none":
+            say(f"the tokenizer alone gives held-out pictures back with {again:.1f} dB PSNR ({out}/reconstruction.png)")
         say(f"done in {time.time() - began:.0f} s; best val_loss {best:.4f}; see {out}/samples/{args.steps:06d}.png")
     sum_over_ranks(torch.zeros(1, device=device)).item()  # the others wait for the pictures
 
@@ -1835,7 +1888,12 @@ def train(args):
 def sample_only(args):
     """--sample N --ckpt FILE: pictures from a finished model, as generated/000000.png ... and one grid."""
     device, rank, world = setup(args)
+    if "out" not in args.given:
+        args.out = str(Path(args.ckpt).parent)
     model, vae, classes = load_model(args.ckpt, args, device, rank, world)
+    names = [*classes, *map(str, range(len(classes)))] if args.class_cond else []
+    if args.label is not None and args.label not in names:
+        raise Stop(f"--label {args.label} is no class of {args.ckpt}: " + (", ".join(classes)[:200] or "it has none"))
     n, out = args.sample, Path(args.out)
     (out / "generated").mkdir(parents=True, exist_ok=True)
     earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png")) if rank == 0 else []
@@ -1844,9 +1902,11 @@ def sample_only(args):
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     began, mine = time.time(), np.array_split(np.arange(n), world)[rank]
     shape = (vae.channels, args.size // vae.factor, args.size // vae.factor)
+    side = shape[1] // args.patch_size
     batches = [mine[k:k + 64] for k in range(0, len(mine), 64)]
     for i in tqdm(batches, "sampling", disable=True if rank else None):
-        y = torch.as_tensor(i % len(classes), device=device) if args.class_cond else None
+        labels = (i if args.label is None else np.full(len(i), names.index(args.label))) % len(classes)
+        y = torch.as_tensor(labels, device=device) if args.class_cond else None
         x = to_uint8(generate(model, vae, args, next(image_noise(args.seed, i, shape, device)), y))
         for j, picture in zip(i, x):
             Image.fromarray(picture).save(out / f"generated/{j:06d}.png")
@@ -1856,7 +1916,11 @@ def sample_only(args):
     if rank == 0:
         how = f"{args.sampler}, {args.sample_steps} steps"
         if args.class_cond:
-            how += f", --cfg_scale {args.cfg_scale}, in turn " + " ".join(classes)
+            first, last = args.cfg_interval
+            how += f", --cfg_scale {args.cfg_scale} from t = {first} to {last}, "
+            how += "in turn " + " ".join(classes) if args.label is None else args.label
+        if side != model.grid:
+            how += f"; trained at {model.grid * args.size // side} pixels: the further from that, the worse"
         print(f"{n} pictures in {out / 'generated'}"
               + (f", in place of {len(earlier)} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{how}; {time.time() - began:.0f} s on {device} x {world}")
@@ -1882,7 +1946,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; what is whole in data/cache and ckpt.pt stays", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own
