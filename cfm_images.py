@@ -1624,8 +1624,8 @@ def sample_only(args):
     """--sample N --ckpt FILE: pictures from a finished model, as generated/000000.png ... and one grid."""
     device, rank, world = setup(args)
     file = args.ckpt or args.from_ddpm
-    if "out" not in args.given:
-        args.out = str(Path(file).parent)
+    if args.ckpt and "out" not in args.given:
+        args.out = str(Path(args.ckpt).parent)
     sampling = {"sample_steps", "shift", "tol", "cfg_scale", "cfg_interval"}  # as in training, unless given
     sampling |= set() if args.input else {"sampler"}
     model, classes = load_model(file, args, device, set() if args.from_ddpm else sampling - args.given)

@@ -10,7 +10,7 @@
         --data data/imagenet/train                             # the same on each of two nodes
 
 Expected, first line: 566 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), 149 s of them for the tokenizer and
-the latents; loss 0.319, val_loss 0.403; @TOP@ of its faces are one species to a classifier (README.md). GPU: not
+the latents; loss 0.319, val_loss 0.403; 99 % of its faces are one species to a classifier (README.md). GPU: not
 measured yet.
 Writes out/latent_dit/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, reconstruction.png, forward.png,
 guidance.png, reverse.gif, training.gif; with --sample generated/ and generated.png beside the --ckpt; latents and the

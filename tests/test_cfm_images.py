@@ -417,6 +417,7 @@ def test_reflow_trains_on_what_its_teacher_makes(faces, no_pictures, capsys):
     capsys.readouterr()
     assert run(*again, "--sampler", "ancestral") == 2 and "pairs" in capsys.readouterr().err
     assert run(*again, "--cfg_scale", 1) == 0 and "midpoint" in capsys.readouterr().out
+    assert Path("straight/generated.png").exists(), "beside its model, unless --out is given"
 
 
 def test_meanflow_begins_as_the_flow_it_comes_from(faces, no_pictures, capsys):

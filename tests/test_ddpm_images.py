@@ -382,6 +382,8 @@ def test_the_whole_path(faces, flags, tmp_path):
     assert run("--sample", "1", *again) == 0
     second = [np.asarray(Image.open(p)) for p in sorted((out / "generated").glob("*.png"))]
     assert len(second) == 1 and abs(second[0].astype(int) - first[0]).max() <= 1
+    out.rename("moved")
+    assert run("--sample", "1", "--ckpt", "moved/model.safetensors", *again[2:]) == 0 and not out.exists()  # beside it
 
 
 def test_the_loss_falls_and_the_ema_is_what_is_saved(faces, tmp_path):

@@ -590,6 +590,9 @@ def test_a_run_is_what_the_formulas_say(cached):
     records = [json.loads(line) for line in Path("out/smoke/log.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in records[1:]] == pytest.approx(losses, rel=1e-3)
     model.load_state_dict({k: v for k, v in found.items() if not k.startswith("vae.")})
+    validate = lambda: mm.validate(model, data, args, cpu, 0, 1, contextlib.nullcontext)
+    assert records[-1]["val_loss"] == pytest.approx(validate()[0], rel=1e-4)
+    model = randomise(model)  # or labels would hardly matter yet
     n, errors = len(data.val), []
     for i, p in enumerate(data.val):
         z0 = mm.load_latents(data, np.array([p]), torch.tensor([False]), cpu)
@@ -597,7 +600,10 @@ def test_a_run_is_what_the_formulas_say(cached):
         with torch.no_grad():
             v = model((1 - t) * z0 + t * eps, torch.tensor([t]), torch.tensor([data.labels[p]]))
         errors.append((v - (eps - z0)).square().mean().item())
-    assert records[-1]["val_loss"] == pytest.approx(np.mean(errors), rel=1e-4)
+    val, bins = validate()
+    assert val == pytest.approx(np.mean(errors), rel=1e-4)
+    tenth = [e for i, e in enumerate(errors) if 0.3 <= (i + 0.5) / n < 0.4]
+    assert bins[3] == pytest.approx(np.mean(tenth), rel=1e-4)
 
 
 def test_pictures_are_sampled_as_the_flags_say(cached, prepared):
@@ -678,7 +684,7 @@ def test_a_tokenizer_may_move_but_not_change(prepared, cached):
     assert run(*SMALL, "--vae", "first.safetensors", "--out", "run") == 0
     Path("first.safetensors").rename("second.safetensors")
     sample = ["--sample", 2, "--ckpt", "run/model.safetensors", "--device", "cpu"]
-    assert run(*sample) == 0                                        # it holds a copy
+    assert run(*sample) == 0 and Path("run/generated.png").exists()  # it holds a copy
     assert run("--resume", "run/ckpt.pt", "--device", "cpu", "--steps", 3) == 2
     assert run("--resume", "run/ckpt.pt", "--device", "cpu", "--steps", 3, "--vae", "second.safetensors") == 0
     assert run(*sample, "--vae", "second.safetensors") == 0
