@@ -1779,7 +1779,7 @@ def train(args):
         raw_model.compile()
     if world > 1:
         model = DistributedDataParallel(raw_model, device_ids=[device] if device.type == "cuda" else None,
-                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+                                        gradient_as_bucket_view=True)  # gradients are held once, not twice
 
     dtype = pick_dtype(args.dtype, device)
     settings = {k: v for k, v in vars(args).items() if k != "given"}
