@@ -646,9 +646,12 @@ def test_bf16_and_fp32(cached, monkeypatch):
     monkeypatch.setattr(mm, "sample_only", lambda args: None)  # of --smoke, with its own --dtype
     seen, forward = [], mm.SwiGLU.forward
     monkeypatch.setattr(mm.SwiGLU, "forward", lambda self, x: seen.append(forward(self, x).dtype) or forward(self, x))
+    stream, block = set(), mm.DiTBlock.forward
+    monkeypatch.setattr(mm.DiTBlock, "forward", lambda self, x, *a: stream.add(x.dtype) or block(self, x, *a))
     for dtype, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         seen.clear()
         assert run(*SMALL, "--dtype", dtype, "--out", dtype) == 0 and set(seen) == {expected}
+    assert stream == {torch.float32}  # what the blocks add to
     one, two = weights("bf16"), weights("fp32")
     assert all(v.dtype == torch.float32 for v in one.values())
     torch.testing.assert_close(one["out.weight"], two["out.weight"], atol=1e-3, rtol=0.1)
@@ -684,7 +687,8 @@ def test_a_tokenizer_may_move_but_not_change(prepared, cached):
     assert run(*SMALL, "--vae", "first.safetensors", "--out", "run") == 0
     Path("first.safetensors").rename("second.safetensors")
     sample = ["--sample", 2, "--ckpt", "run/model.safetensors", "--device", "cpu"]
-    assert run(*sample) == 0 and Path("run/generated.png").exists()  # it holds a copy
+    Path("run/generated.png").unlink()
+    assert run(*sample) == 0 and Path("run/generated.png").exists()  # it holds a copy; and what it draws lies beside it
     assert run("--resume", "run/ckpt.pt", "--device", "cpu", "--steps", 3) == 2
     assert run("--resume", "run/ckpt.pt", "--device", "cpu", "--steps", 3, "--vae", "second.safetensors") == 0
     assert run(*sample, "--vae", "second.safetensors") == 0
