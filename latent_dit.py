@@ -1099,20 +1099,22 @@ def encode_data(vae, vae_key, data, args, device, rank, world):
                 f.truncate(mirrors * N * row)
         sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
         mine = np.array_split(np.arange(N), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))[local]
-        made, failure = np.memmap(part, np.float16, "r", shape=shape), None
+        failure = None
         try:
             with open(part, "r+b") as f, torch.no_grad():
                 for k in tqdm(range(0, len(mine), 16), "latents, once", disable=True if rank else None):
                     i = mine[k:k + 16]
-                    if made[:, i].any((2, 3, 4)).all():
-                        continue
-                    x = load_pictures(data.images, i, device)
                     for m in range(mirrors):
+                        place = (m * N + int(i[0])) * row
+                        f.seek(place)
+                        if np.frombuffer(f.read(len(i) * row), np.float16).reshape(len(i), -1).any(1).all():
+                            continue  # there already
+                        x = load_pictures(data.images, i, device)
                         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                             z = vae.encode(x.flip(-1) if m else x).half()
                         if not z.isfinite().all():
                             raise Stop(f"--vae {args.vae} made latents that are no numbers", 1)
-                        f.seek((m * N + int(i[0])) * row)
+                        f.seek(place)
                         f.write(z.cpu().numpy().tobytes())
         except Stop as e:
             failure = e
@@ -1124,7 +1126,8 @@ def encode_data(vae, vae_key, data, args, device, rank, world):
         for failure in filter(None, failures):  # of any rank, on all
             raise failure
         if local == 0:
-            some = made[:, ::max(1, N // 5000)].astype(np.float64)
+            whole = np.memmap(part if part.exists() else cache, np.float16, "r", shape=shape)
+            some = whole[:, ::max(1, N // 5000)].astype(np.float64)
             about = dict(mean=some.mean((0, 1, 3, 4)).tolist(), std=some.std((0, 1, 3, 4)).clip(1e-6).tolist())
             write_atomically(cache.with_suffix(".json"), lambda g: g.write(json.dumps(about).encode()))
             if part.exists():  # another run on the same pictures may have been here

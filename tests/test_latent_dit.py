@@ -502,7 +502,7 @@ def test_latents_of_a_run_that_was_cut(cached, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         mm.encode_data(vae, "cut", data, args, cpu, 0, 1)
     mm.encode_data(vae, "cut", data, args, cpu, 0, 1)
-    assert len(calls) == 20 + 32 - 18 and np.array_equal(data.latents, whole)  # 9 of 16 were there
+    assert len(calls) == 20 + 32 - 19 and np.array_equal(data.latents, whole)  # 19 of 32 parts were there
 
     def nested(self, x):
         calls.append(1)
@@ -516,6 +516,30 @@ def test_latents_of_a_run_that_was_cut(cached, monkeypatch):
     monkeypatch.setattr(type(vae), "encode", lambda self, x: encode(self, x) * math.nan)
     with pytest.raises(mm.Stop, match="no numbers"):
         mm.encode_data(vae, "broken", data, args, cpu, 0, 1)
+
+
+def test_disk_full_while_latents_are_made(prepared, tmp_path):
+    """One sentence, no bus error, and what was made stays: with room again the run goes on."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", place],
+                                                     capture_output=True)
+    if not mount or mount.returncode:
+        pytest.skip("mounting takes root")
+    try:
+        shutil.copytree(prepared / "data", place / "data")
+        for file in place.glob("data/cache/latents-*"):
+            file.unlink()
+        (place / "filler").write_bytes(bytes(shutil.disk_usage(place).free - 60 * 1024))  # 128 kB are needed
+        command = [sys.executable, ROOT / "latent_dit.py", *SMALL, "--out", tmp_path / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+        assert done.returncode == 1 and "No space left on device" in done.stderr and "data/cache" in done.stderr
+        assert done.stderr.count("\n") == 1 and list(place.glob("data/cache/latents-*.part"))
+        (place / "filler").unlink()
+        assert subprocess.run(command, capture_output=True, cwd=place).returncode == 0
+        assert not list(place.glob("data/cache/*.part"))
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
 
 
 def test_pixels_need_no_cache(cached):
