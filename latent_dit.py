@@ -1781,8 +1781,7 @@ def train(args):
     if args.compile:
         raw_model.compile()
     if world > 1:
-        model = DistributedDataParallel(raw_model, device_ids=[device] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True)  # gradients are held once, not twice
+        model = DistributedDataParallel(raw_model, device_ids=[device] if device.type == "cuda" else None)
 
     dtype = pick_dtype(args.dtype, device)
     settings = {k: v for k, v in vars(args).items() if k != "given"}
@@ -1964,4 +1963,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:  # threads of the process group can outlive the interpreter, which now and then aborts it
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
