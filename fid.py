@@ -37,7 +37,6 @@ import signal
 import struct
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 import zipfile

@@ -1359,6 +1359,14 @@ def download(url, path, is_whole=lambda path: True, tries=5, token=""):
     raise Stop(f"the download broke off ({why}); start again to go on, or {by_hand}", 1)
 
 
+def sha256(path):
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def hub_file(repo, name):
     """The file `name` of a Hugging Face repository -> its path: in the user's own cache of that hub, or else downloaded
     once into data/weights, from HF_ENDPOINT and with HF_TOKEN where these are set. Raises Stop."""

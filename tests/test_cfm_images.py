@@ -1,5 +1,4 @@
 """cfm_images.py: paths, couplings, solvers, few steps, the bridge and training, against closed forms and other packages."""
-import argparse
 import itertools
 import json
 import math

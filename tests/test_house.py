@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from pyflakes.checker import Checker
 
 ROOT = Path(__file__).resolve().parent.parent
 NINE = ["ddpm_2d.py", "cfm_2d.py", "ddpm_images.py", "cfm_images.py", "fid.py", "latent_dit.py", "text2img.py",
@@ -185,6 +186,13 @@ def test_imports(script):
         bad += [f"{script}:{node.lineno} imports {m}" for m, top in tops.items()
                 if top in siblings or top not in PACKAGES and top not in sys.stdlib_module_names]
     assert not bad
+
+
+@each_script
+def test_every_name_is_known_and_used(script):
+    """What no test runs, such as a download with a hash, would end in a NameError only at the user's."""
+    found = Checker(ast.parse(read(script)), script).messages
+    assert [str(message) for message in found] == []
 
 
 @each_script
