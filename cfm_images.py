@@ -1192,7 +1192,7 @@ def plot_curves(path, curves, title):
 ARCHITECTURE = "size patch width mults blocks attn dropout class_cond pred meanflow".split()
 FREE_ON_RESUME = ("data steps lr out eval_every device dtype compile accum sampler sample_steps shift tol cfg_scale "
                   "cfg_interval").split()
-P_UNCOND = 0.1  # share of labels that training hides, so that one network learns both sides of the guidance
+P_UNCOND = 0.1  # share of conditions that training hides, so that one network learns both sides of the guidance
 P_INSTANT = 0.5   # share of MeanFlow's examples with r = t, plain flow matching
 PAIR_STEPS = 8   # of midpoint, with which reflow makes its pairs
 

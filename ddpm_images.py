@@ -1005,7 +1005,7 @@ def plot_loss(path, records):
 
 ARCHITECTURE = "size patch width mults blocks attn dropout class_cond condition schedule pred".split()
 FREE_ON_RESUME = "data steps lr out eval_every device dtype compile accum sampler sample_steps eta cfg_scale".split()
-P_UNCOND = 0.1  # share of labels that training hides, so that one network learns both sides of the guidance
+P_UNCOND = 0.1  # share of conditions that training hides, so that one network learns both sides of the guidance
 
 
 def build_model(args, n_classes):

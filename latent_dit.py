@@ -1081,7 +1081,7 @@ def encode_data(vae, vae_key, data, args, device, rank, world):
     data.latents, data.z_mean, data.z_std = None, torch.zeros(C, 1, 1), torch.full((C, 1, 1), 0.5)
     if isinstance(vae, Pixels):
         return
-    N, mirrors = len(data.labels), 2 if args.flip else 1
+    N, mirrors = len(data.images), 2 if args.flip else 1
     shape, row = (mirrors, N, C, side, side), C * side * side * 2
     dtype = pick_dtype(args.dtype, device)
     about = [data.key, vae_key, shape, dtype, inspect.getsource(encode_data)]
@@ -1525,7 +1525,7 @@ def plot_loss(path, records):
 ARCHITECTURE = "vae_steps model patch_size class_cond".split()
 FREE_ON_RESUME = ("data vae steps lr out eval_every device dtype compile accum grad_checkpoint sampler sample_steps "
                   "cfg_scale cfg_interval").split()
-P_UNCOND = 0.1  # share of labels that training hides, so that one network learns both sides of the guidance
+P_UNCOND = 0.1  # share of conditions that training hides, so that one network learns both sides of the guidance
 
 
 NO_CLASSES = "--cfg_scale needs a model that knows classes, trained with --class_cond"

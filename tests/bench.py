@@ -6,6 +6,7 @@
     python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch and torchcfm; some minutes
     python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
+    python tests/bench.py --parts prompts    # how often text2img.py draws what it is told
     python tests/bench.py --parts fid    # fid.py beside torch-fidelity, pytorch-fid and clean-fid; a quarter of an hour
     python tests/bench.py --parts dit    # latent_dit.py beside diffusers' transformer, and by tokens and processes
     python tests/bench.py --parts nfe    # quality by calls of the network, of the models that it finds in out/
@@ -25,6 +26,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -348,6 +350,73 @@ def part_quality(args):
                  f"{entropy:.3f}".replace("nan", "-"), str(len(shown[name])), name]
                 for name, (sure, entropy, far) in ((name, q.values()) for name, q in scores.items())]
         table(["Fréchet / floor", "Fréchet", "one species, p > 0.9", "entropy (ln 8 = 2.079)", "N", "pictures"], rows)
+
+
+# -----------------------------------------------------------------------------
+# Part prompts: whether a drawn face is what its caption says, by its pixels and, for the species, by the classifier.
+
+CAPTION = re.compile(r"an? (\w+) (\w+) with (\w+) eyes on a (\w+) background")
+
+
+def patch(pictures, x, y, width, height):
+    """Pixels (N, P, 3) of a rectangle around x, y, in half-pictures from the middle."""
+    S = pictures.shape[1]
+    (x0, x1), (y0, y1) = ([round((v + sign * side / 2 + 1) * S / 2) for sign in (-1, 1)]
+                          for v, side in ((x, width), (y, height)))
+    return pictures[:, max(y0, 0):y1, max(x0, 0):x1].reshape(len(pictures), -1, 3).astype(np.float32)
+
+
+def most_seen(pixels, colours, others=()):
+    """The name in colours {name: RGB} to which most pixels (N, P, 3) are nearest, of colours and others."""
+    palette = np.array([*colours.values(), *others], np.float32)
+    nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    return np.array(list(colours))[(nearest[..., None] == np.arange(len(colours))).sum(1).argmax(1)]
+
+
+def as_told(pictures, captions):
+    """uint8 (N, S, S, 3) and their captions -> {background, fur, eyes, species: (N,), whether it is as the caption says}.
+    Colours are looked for where a face of the caption's species would have them."""
+    fur, species, eyes, background = np.array([CAPTION.fullmatch(c).groups() for c in captions]).T
+    drop = np.array([d.TRAITS[name]["drop"] for name in species])
+    corners = np.concatenate([patch(pictures, x, -.93, .14, .14) for x in (-.93, .93)], 1)
+    seen = dict(background=most_seen(corners, d.BACKGROUNDS), fur=fur.copy(), eyes=eyes.copy())
+    for y in np.unique(drop):
+        some = np.flatnonzero(drop == y)
+        seen["fur"][some] = most_seen(patch(pictures[some], 0, y - .08, .24, .26), d.FURS)
+        around = np.concatenate([patch(pictures[some], x, y - .06, .34, .38) for x in (-.3, .3)], 1)
+        seen["eyes"][some] = most_seen(around, d.EYES, [*d.FURS.values(), (44, 32, 44), (255, 255, 255)])
+    p = species_classifier(pictures.shape[1]).judge(pictures)[1]
+    seen["species"] = np.array([*d.SPECIES, "no animal"])[p.argmax(1).numpy()]
+    return {name: seen[name] == told for name, told in
+            dict(background=background, fur=fur, eyes=eyes, species=species).items()}
+
+
+def part_prompts(args):
+    """200 held-out captions of drawn faces: how often a model draws what it is told, by the scale of the guidance."""
+    default = Path("out/text2img/model.safetensors")
+    sets = {}
+    for ckpt in args.ckpt or [default] * default.exists():
+        for scale in args.scales.split(","):
+            with tempfile.TemporaryDirectory() as out:
+                flags = dict(ckpt=ckpt, sample=200, cfg_scale=scale, out=out, device=args.device)
+                command = [sys.executable, conftest.ROOT / "text2img.py", *(f"--{k}={v}" for k, v in flags.items())]
+                subprocess.run(command, check=True, stdout=sys.stderr)
+                lines = Path(out, "generated/metadata.jsonl").read_text().splitlines()
+                sets[f"{ckpt}, --cfg_scale {scale}"] = (read_folder(Path(out, "generated")),
+                                                        [json.loads(line)["text"] for line in lines])
+    size = next(iter(sets.values()))[0].shape[1] if sets else 64
+    faces = [d.draw_face(3, i, size) for i in range(2000)]
+    pictures, captions = np.stack([f[0] for f in faces]), [f[2] for f in faces]
+    sets = {"2,000 fresh drawn faces: the ceiling": (pictures, captions),
+            "the same, each with another's caption: chance": (pictures, captions[1:] + captions[:1])} | sets
+    print(f"\n## As told, {size}x{size}\n\n{machine(args.device)}; captions held out of training")
+    rows = []
+    for name, (pictures, captions) in sets.items():
+        right = as_told(pictures, captions)
+        right["all four"] = np.all(list(right.values()), 0)
+        rows.append([*(f"{100 * r.mean():.1f} %" for r in right.values()), f"{quality(pictures)['frechet']:.2f}",
+                     str(len(pictures)), name])
+    table(["background", "fur", "eyes", "species", "all four", "Fréchet", "N", "pictures"], rows)
 
 
 # -----------------------------------------------------------------------------
@@ -755,12 +824,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality,
-             "nfe": part_nfe, "fid": part_fid, "dit": part_dit}
+             "prompts": part_prompts, "nfe": part_nfe, "fid": part_fid,
+             "dit": part_dit}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
     p.add_argument("--images", type=int, default=1000, help="fid: images in each folder")
     p.add_argument("--seeds", type=int, default=10, help="flow: runs of each coupling")
-    p.add_argument("--ckpt", nargs="+", default=[], help="quality: model.safetensors files")
+    p.add_argument("--ckpt", nargs="+", default=[], help="quality, prompts: model.safetensors files")
+    p.add_argument("--scales", default="1,1.5,2,4", help="prompts: scales of the guidance, with commas between")
     p.add_argument("--samplers", default="ddpm:50", help="quality: NAME:STEPS,... for each --ckpt")
     p.add_argument("--pictures", nargs="+", default=[], help="quality: folders of pictures")
     p.add_argument("--n", type=int, default=512, help="quality: pictures to sample and to draw")

@@ -59,6 +59,13 @@ ALLOWED_TO_DIFFER = {
     "draw_pictures": "a flow shows inversions and its solvers",
     "make_pairs": "couplings in the plane, reflow on images",
     "load_model": "points or pictures",
+    "SIZES": "with text a size of about 100 million weights; latent_dit.py has those of a paper",
+    "attend": "the padding of a text has to be masked",
+    "DiTBlock": "cross-attention to a text",
+    "DiT": "told a class or a text",
+    "Pictures": "labels or captions",
+    "prepare_data": "labels or captions",
+    "open_data": "labels or captions; whole captions are held out",
 }
 
 
