@@ -50,7 +50,7 @@ SIZES = {"tiny": (6, 192, 3), "S": (12, 384, 6), "M": (12, 640, 10), "B": (12, 7
 PRESETS = {  # SIZES: blocks, width, heads
     "cpu": dict(size=64, vae="tiny", vae_steps=3000, text="tiny", model="tiny", patch_size=1, steps=1150, batch_size=64,
                 lr=1e-3, ema_decay=0.999, eval_every=400, sample_steps=50, cfg_scale=1.5, compile=False),
-    "gpu": dict(size=256, vae="sd", vae_steps=10_000, text="clip", model="M", patch_size=2, steps=250_000,
+    "gpu": dict(size=256, vae="sd", vae_steps=10_000, text="clip", model="M", patch_size=2, steps=300_000,
                 batch_size=256, accum=2, lr=3e-4, ema_decay=0.9999, eval_every=5000, sample_steps=50, cfg_scale=4.0,
                 compile=True),
     "smoke": dict(out="out/smoke", size=32, vae="tiny", vae_steps=2, text="tiny", model="tiny", patch_size=1, steps=2,
@@ -788,6 +788,8 @@ def read_text_files(weights, config, vocab, merges=None):
             added, words = {a["content"]: a["id"] for a in words["added_tokens"]}, words["model"]
             pairs = [p.split(" ") if isinstance(p, str) else p for p in words["merges"]]
             words = words["vocab"] | added
+        if words["<|endoftext|>"] != max(words.values()):
+            raise ValueError("<|endoftext|> has not the highest id")
         n, D = tensors["embeddings.token_embedding.weight"].shape
         depth = len({k.split(".")[2] for k in tensors if k.startswith("encoder.layers.")})
         tower = CLIPText(n, len(tensors["embeddings.position_embedding.weight"]), D,
@@ -1041,6 +1043,12 @@ def read_captions(path, names):
     return captions
 
 
+def shortened(caption):
+    """What is left of a caption of draw_face() when less is said, so that "a fox" is understood, too."""
+    what, eyes, ground = re.fullmatch("(.*) (with .*) (on .*)", caption).groups()
+    return [f"{what} {eyes}", f"{what} {ground}", what, f"a {what.split()[-1]}"]
+
+
 class Pictures(torch.utils.data.Dataset):
     """What --data names, one by one: item i is (uint8 (size, size, 3), captions), or (why it cannot be used, None)."""
 
@@ -1048,7 +1056,8 @@ class Pictures(torch.utils.data.Dataset):
         self.data, self.size, self.file, self.note, path = str(data), size, None, "", Path(data)
         if self.data == "drawn_faces":
             self.names, self.captions = range(drawn), None
-            stamps = [inspect.getsource(draw_face), TRAITS, FURS, EYES, BACKGROUNDS]  # edit the drawing: a new set
+            code = map(inspect.getsource, (draw_face, shortened))
+            stamps = [*code, TRAITS, FURS, EYES, BACKGROUNDS]  # edit the drawing: a new set
         elif path.suffix == ".npz" and path.is_file():
             try:
                 with zipfile.ZipFile(path), np.load(path) as f:
@@ -1084,7 +1093,7 @@ class Pictures(torch.utils.data.Dataset):
         try:
             if self.data == "drawn_faces":
                 picture, _, caption = draw_face(0, i, self.size)
-                return picture, [caption]
+                return picture, [caption] * 4 + shortened(caption)
             captions = self.captions[i]
             if isinstance(captions, str):
                 raise ValueError(captions)

@@ -158,6 +158,26 @@ def test_a_vocabulary_in_either_layout(clip_folders, tmp_path):
 
 
 @needs_transformers
+def test_clip_is_found_in_the_users_own_cache(clip_folders, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", "hub")
+    folder, _ = clip_folders["L"]
+    place = Path(f"hub/models--{mm.CLIP.replace('/', '--')}/snapshots/0123")
+    shutil.copytree(folder, place)
+    reader = reader_of("clip")
+    assert reader.tokenise("a cat") == reader_of(folder / "text_encoder").tokenise("a cat")
+    assert reader.key == reader_of(folder / "text_encoder").key  # it may lie elsewhere
+    (place / "tokenizer/merges.txt").unlink()
+    with pytest.raises(mm.Stop, match="merges.txt"):
+        reader_of("clip")
+    words = json.loads((folder / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    shutil.copytree(folder / "text_encoder", "other")
+    Path("other/vocab.json").write_text(json.dumps({**words, "new": len(words)}), encoding="utf-8")
+    shutil.copy(folder / "tokenizer/merges.txt", "other")
+    with pytest.raises(mm.Stop, match="highest"):
+        reader_of("other")
+
+
+@needs_transformers
 @pytest.mark.parametrize("kind", ["L", "bigG"])
 def test_the_text_tower_is_transformers(kind, clip_folders):
     """States before the last layer and the pooled vector in float64, from the file's own names, from those of the hub,
@@ -404,8 +424,12 @@ def captions_of(data):
 
 
 def test_drawn_faces_tell_what_they_show():
+    """All of it, or less."""
     data = opened("drawn_faces")
-    assert captions_of(data) == [[mm.draw_face(0, i, 16)[2]] for i in range(64)] and data.texts[-1] == ""
+    whole = [mm.draw_face(0, i, 16)[2] for i in range(64)]
+    assert captions_of(data) == [[c] * 4 + mm.shortened(c) for c in whole] and data.texts[-1] == ""
+    assert mm.shortened("an orange fox with blue eyes on a pink background") == [
+        "an orange fox with blue eyes", "an orange fox on a pink background", "an orange fox", "a fox"]
 
 
 def test_captions_beside_pictures_and_in_a_zip():
@@ -555,7 +579,7 @@ def test_what_a_batch_is_made_of(cached):
     n = len(data.train)
     data.texts.insert(-1, "second")  # of every picture
     null, second = len(data.texts) - 1, len(data.texts) - 2
-    data.text_of = [[*texts, second] for texts in data.text_of]
+    data.text_of = [[texts[0], second] for texts in data.text_of]
     data.read = mm.read_texts(mm.load_reader(args, 0, 1), data.texts, CPU)
     args.batch_size = 4 * n
     z0, eps, t, txt, txt_mask, pooled = mm.train_batch(data, args, 0, CPU, 0, 1)
