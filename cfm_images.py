@@ -372,7 +372,7 @@ def guided(model, y, cfg_scale, interval):
     """model with labels y (or None) as (xt, t) -> v. cfg_scale is 1 + w of 2207.12598; outside the interval of t, where
     guidance does harm or nothing (2404.07724), it is 1, for half the price."""
     def call(xt, t, *r):
-        if y is None or cfg_scale == 1 or not interval[0] <= t[0].item() <= interval[1]:
+        if y is None or cfg_scale == 1 or not interval[0] - 1e-6 <= t[0].item() <= interval[1] + 1e-6:
             return model(xt, t, y, *r)
         labels = torch.cat([y, torch.full_like(y, model.y_null)])
         with_y, without = model(torch.cat([xt, xt]), torch.cat([t, t]), labels).chunk(2)
@@ -1218,7 +1218,10 @@ def adopt(args, saved, keys, path):
 
     def refuse(sentence):
         raise Stop(f"{path} does not go with this: {sentence}")
-    check(args, refuse)
+    try:
+        check(args, refuse)
+    except TypeError:
+        refuse("its settings have been edited")
 
 
 def load_model(path, args, device, also=()):

@@ -1028,7 +1028,10 @@ def adopt(args, saved, keys, path):
 
     def refuse(sentence):
         raise Stop(f"{path} does not go with this: {sentence}")
-    check(args, refuse)
+    try:
+        check(args, refuse)
+    except TypeError:
+        refuse("its settings have been edited")
 
 
 def train_batch(data, args, step, device, rank, world):

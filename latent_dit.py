@@ -228,7 +228,7 @@ def guided(model, y, cfg_scale, interval):
     """model with labels y (or None) as (xt, t) -> v. cfg_scale is 1 + w of 2207.12598; outside the interval of t, where
     guidance does harm or nothing (2404.07724), it is 1, for half the price."""
     def call(xt, t, *r):
-        if y is None or cfg_scale == 1 or not interval[0] <= t[0].item() <= interval[1]:
+        if y is None or cfg_scale == 1 or not interval[0] - 1e-6 <= t[0].item() <= interval[1] + 1e-6:
             return model(xt, t, y, *r)
         labels = torch.cat([y, torch.full_like(y, model.y_null)])
         with_y, without = model(torch.cat([xt, xt]), torch.cat([t, t]), labels).chunk(2)
@@ -1044,7 +1044,7 @@ def train_tiny(vae, data, args, device, rank, world):
             if step % 50 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.4f}")
         cache.parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(cache, vae.state_dict(), dict(format="pt", script="latent_dit.py", kind="tiny_vae"))
+        save_safetensors(cache, vae.state_dict(), dict(format="pt", kind="tiny_vae"))
     if world > 1:
         for v in vae.state_dict().values():
             dist.broadcast(v, 0)
@@ -1543,7 +1543,10 @@ def adopt(args, saved, keys, path):
 
     def refuse(sentence):
         raise Stop(f"{path} does not go with this: {sentence}")
-    check(args, refuse)
+    try:
+        check(args, refuse)
+    except TypeError:
+        refuse("its settings have been edited")
 
 
 def generate(model, vae, args, noise, y=None, on_step=None):

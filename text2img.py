@@ -1,11 +1,25 @@
-"""Text to image: the transformer of latent_dit.py, told in words what to draw.
+"""Text to image: the diffusion transformer of latent_dit.py, told in words what to draw.
 
     python text2img.py                                # drawn animal faces and their captions: no download, no GPU
     python text2img.py --ckpt out/text2img/model.safetensors --prompt "a gray cat with green eyes on a blue background"
-    python text2img.py --data my_photos --size 256 --vae sd --text clip --model M   # photographs with captions
+    python text2img.py --resume out/text2img/ckpt.pt           # go on after Ctrl-C as if uninterrupted
+    python text2img.py --ckpt out/text2img/model.safetensors --prompt "a gray cat" "an orange fox" --interpolate 16
+    python text2img.py --ckpt out/text2img/model.safetensors --prompt "a gray fox" --init_image fox.png --mask white.png
+    python text2img.py --data my_photos --size 256 --vae sd --text clip --model M --patch_size 2     # with captions
     torchrun --nproc_per_node=8 text2img.py --preset gpu --data my_photos.zip
 
-Writes out/text2img/.
+Expected, first line: EXPECTED
+Writes out/text2img/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, reconstruction.png, forward.png,
+guidance.png, reverse.gif, training.gif; with --ckpt generated/, generated.png or interpolation.gif beside that file;
+latents, the autoencoder that it trained and what CLIP reads in the captions in data/cache. A new run renames the first
+three of an old one to *.old, and replaces the rest.
+
+Here t = 0 is data and t = 1 noise, as in SD3 and FLUX. A tokenizer, as the field says, is the autoencoder of pictures;
+texts become tokens, too.
+Papers: latent diffusion and cross-attention to a text 2112.10752, CLIP 2103.00020, DiT and adaLN-Zero 2212.09748, with
+cross-attention 2310.00426 (PixArt), flow matching 2210.02747, logit-normal times and their shift 2403.03206 (SD3),
+rotary positions 2104.09864, SwiGLU 2002.05202, RMSNorm 1910.07467, QK-norm 2302.05442, guidance 2207.12598 and its
+interval 2404.07724.
 """
 import argparse
 import copy
@@ -20,6 +34,7 @@ import json
 import math
 import mmap
 import os
+import posixpath
 import re
 import signal
 import struct
@@ -147,6 +162,8 @@ def check(args, error):
             error(f"--{name} has to lie between 0 and {'1' if top == 1 else '2^63'}")
     if args.time_shift is not None and not 0.01 <= args.time_shift <= 100:
         error("--time_shift has to lie between 0.01 and 100")
+    if args.interpolate == 1:
+        error("--interpolate takes at least 2 frames")
     if args.strength is not None and not 0 <= args.strength <= 1:
         error("--strength has to lie between 0 and 1")
     if len(args.cfg_interval) != 2 or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
@@ -223,7 +240,7 @@ def guided(model, text, text_null, cfg_scale, interval):
     """model told text, and kept away from text_null, as (xt, t) -> v. cfg_scale is 1 + w of 2207.12598; outside the
     interval of t, where guidance does harm or nothing (2404.07724), it is 1, for half the price."""
     def call(xt, t):
-        if cfg_scale == 1 or not interval[0] <= t[0].item() <= interval[1]:
+        if cfg_scale == 1 or not interval[0] - 1e-6 <= t[0].item() <= interval[1] + 1e-6:
             return model(xt, t, text)
         both = [torch.cat(pair) for pair in zip(text, text_null)]
         with_text, without = model(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
@@ -232,9 +249,11 @@ def guided(model, text, text_null, cfg_scale, interval):
 
 
 def between(one, other, share):
-    """Two texts with features -> a batch of texts on the way from one to the other, by share (B,) from 0 to 1."""
-    mix = lambda a, b: a + (b - a) * share.view(-1, *[1] * (a.ndim - 1))
-    return mix(one[0], other[0]), (one[1] | other[1]).expand(len(share), -1), mix(one[2], other[2])
+    """Two texts -> a batch of texts on the way from one to the other, by share (B,) from 0 to 1: both lie side by side,
+    and the words of each weigh less the further away it is. At 0 and 1 nothing is left of the other."""
+    far = share.view(-1, 1)
+    txt = torch.cat([one[0], other[0]], 1).expand(len(share), -1, -1)
+    return txt, torch.cat([one[1] * (1 - far), other[1] * far], 1), one[2] * (1 - far) + other[2] * far
 
 
 def inpaint(model, mask, v_known):
@@ -273,15 +292,15 @@ def waves(t, width):
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k, v (B, heads, L, d), of which only those count where mask
-    (B, L) is True. Among few tokens a CPU is 1.4 times as fast with the plain products as with its fused kernel, whose
-    way back is slow; among many they would fill the memory."""
-    mask = None if mask is None else mask[:, None, None]                         # (B, 1, 1, L)
+def attend(q, k, v, weights=None):
+    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k, v (B, heads, L, d), in which each of the L counts by its
+    weight (B, L), 0 as if it were not there. Among few tokens a CPU is 1.4 times as fast with the plain products as
+    with its fused kernel, whose way back is slow; among many they would fill the memory."""
+    bias = None if weights is None else weights.log()[:, None, None].to(q.dtype)                 # (B, 1, 1, L)
     if q.device.type == "cpu" and q.shape[2] <= 256:
         a = q * q.shape[-1] ** -0.5 @ k.mT                                       # (B, heads, N, L)
-        return (a if mask is None else a.masked_fill(~mask, -math.inf)).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, mask)
+        return (a if bias is None else a + bias).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
 class SelfAttention(nn.Module):
@@ -352,8 +371,8 @@ class DiTBlock(nn.Module):
 
 class DiT(nn.Module):
     """(zt, t, text) -> velocity. zt (B, C, H, W), t (B,) in [0, 1]; H and W multiples of patch. A token is a patch of
-    latents. text: txt (B, L, dim), txt_mask (B, L), True where there is a token, and pooled (B, pooled_dim); with a
-    tower of its own ids (B, L), txt_mask, None.
+    latents. text: txt (B, L, dim), txt_mask (B, L), 1 where there is a token and 0 behind the text, and pooled
+    (B, pooled_dim); with a tower of its own ids in place of txt, and None.
     differs from the papers: PyTorch's own start of linear layers, not Xavier's.
 
     z_mean, z_std (C, 1, 1): of the tokenizer's latents, by which these are brought to mean 0 and variance 1."""
@@ -379,15 +398,15 @@ class DiT(nn.Module):
         self.register_buffer("z_mean", torch.zeros(C, 1, 1))
         self.register_buffer("z_std", torch.ones(C, 1, 1))
 
-    def read(self, text):
-        """text with ids -> text with features; a sampler needs to read only once."""
+    def encode_text(self, text):
+        """A text with ids -> the text with features; one that has them stays. A sampler does it once, not each step."""
         txt, txt_mask, pooled = text
         if not txt.is_floating_point():
             txt, pooled = self.tower(txt)
         return txt, txt_mask, pooled
 
     def forward(self, zt, t, text):                                              # (B, C, H, W), (B,)
-        txt, txt_mask, pooled = self.read(text)                                  # (B, L, dim), (B, L), (B, pooled_dim)
+        txt, txt_mask, pooled = self.encode_text(text)                           # (B, L, dim), (B, L), (B, pooled_dim)
         txt, pooled = self.txt(txt), self.pooled(pooled)                         # (B, L, D), (B, D)
         x = self.embed(zt).to(self.out.weight.dtype)  # under autocast, too: bf16 would lose what blocks add
         H, W = x.shape[2:]                                                       # (B, D, H / patch, W / patch)
@@ -426,11 +445,15 @@ TINY = dict(vocab=8192, length=64, D=192, hidden=768, depth=3, heads=3)  # the t
 
 
 def word_ids(text):
-    """--text tiny: words and signs in lower case, each hashed to a number, which needs no vocabulary and takes every
-    language; the last number ends the text. Of Chinese and its like each sign is a word."""
-    words = re.findall(r"[\u2e80-\ud7ff]|[^\W_]+|[^\w\s]|_", unicodedata.normalize("NFC", text).lower())
+    """--text tiny: the words and signs of a text, in lower case -> two ids for each, and those of the end. The ids are
+    hashes, so there is no vocabulary, and no language that is not in it; with two of them, whose rows are added up, no
+    two words are likely to be taken for one another (1709.03933). Of Chinese and its like each sign is a word."""
+    text = unicodedata.normalize("NFC", text).lower()
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" and not "\u2e80" <= c <= "\ud7ff" else f" {c} "
+                    for c in text).split()
     end = TINY["vocab"] - 1
-    return [zlib.crc32(word.encode(errors="replace")) % end for word in words] + [end]
+    hashes = [zlib.crc32(word.encode(errors="replace")) for word in words]
+    return [[h % end, (h // end) % end] for h in hashes] + [[end, end]]
 
 
 def quick_gelu(x):
@@ -447,6 +470,9 @@ class CLIPLayer(nn.Module):
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(D, D) for name in ("q", "k", "v", "out")})
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, hidden), fc2=nn.Linear(hidden, D)))
+
+    def extra_repr(self):  # for fingerprint()
+        return f"heads={self.heads}, act={self.act.__name__}"
 
     def forward(self, x):                                                        # (B, L, D)
         h = self.layer_norm1(x)
@@ -471,12 +497,203 @@ class CLIPText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(D)
         self.text_projection = nn.Linear(D, projection, bias=False) if projection else nn.Identity()
 
-    def forward(self, ids):                                                      # (B, L)
-        x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
+    def forward(self, ids):                                                      # (B, L), of word_ids() (B, L, 2)
+        x = self.embeddings["token_embedding"](ids)                              # (B, L, D), or (B, L, 2, D)
+        if ids.ndim == 3:
+            x, ids = x.sum(2), ids[..., 0]
+        x = x + self.embeddings["position_embedding"].weight[:ids.shape[1]]
         for layer in self.encoder["layers"]:
             before, x = x, layer(x)                                              # (B, L, D)
         end = x[torch.arange(len(ids), device=x.device), ids.argmax(1)]          # the end has the highest id; (B, D)
         return before, self.text_projection(self.final_layer_norm(end))
+
+
+# -----------------------------------------------------------------------------
+# Which reader of texts, and what it makes of all captions. A frozen one reads each once.
+
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # in Unicode; \s has more
+
+
+class BPE:
+    """CLIP's ids, 2103.00020 section 2.4: lower case, byte pairs, and <|startoftext|> and <|endoftext|> around. They
+    are those of transformers' CLIPTokenizer; OpenAI's own also repairs mojibake and HTML.
+
+    vocab {piece: id}; merges [(left, right), ...] in the order in which they were learnt."""
+
+    def __init__(self, vocab, merges):
+        self.vocab, self.rank = vocab, {tuple(pair): i for i, pair in enumerate(merges)}
+        self.start, self.end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]  # are written as the letters from 256 on
+        self.letters = {b: chr(b if b in printable else 256 + others.index(b)) for b in range(256)}
+        self.known = {}  # words that were merged before
+
+    def words(self, text):
+        """What is merged each by itself: an ending such as 's, letters, one digit, or other signs."""
+        def kind(c):
+            return {"L": "letter", "N": "digit"}.get(unicodedata.category(c)[0], "sign")
+        for part in re.split(f"[{SPACES}]+", text):
+            while part:
+                ending = re.match("'s|'t|'re|'ve|'m|'ll|'d", part)
+                first = kind(part[0])
+                n = ending.end() if ending else 1
+                while not ending and first != "digit" and n < len(part) and kind(part[n]) == first:
+                    n += 1
+                yield part[:n]
+                part = part[n:]
+
+    def pieces(self, word):
+        """Of all neighbours those are joined that were joined first in training, until none are left. The work grows
+        with the square of a word's length, and no text holds 1,000 letters of one."""
+        parts = [self.letters[b] for b in word[:1000].encode(errors="replace")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            pair = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+            if pair not in self.rank:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                n = 2 if tuple(parts[i:i + 2]) == pair else 1
+                joined.append("".join(parts[i:i + n]))
+                i += n
+            parts = joined
+        return [self.vocab.get(part, self.end) for part in parts]
+
+    def __call__(self, text):
+        ids = [self.start]
+        for i, part in enumerate(re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text)):
+            if i % 2:  # these two in a text are what they say, in transformers, too
+                ids.append(self.vocab[part])
+                continue
+            part = "".join(c.lower() for c in unicodedata.normalize("NFC", part))  # by sign, for final sigmas
+            for word in self.words(part):
+                if word not in self.known:
+                    self.known[word] = self.pieces(word)
+                ids += self.known[word]
+        return [*ids, self.end]
+
+
+CLIP = "stabilityai/stable-diffusion-xl-base-1.0"  # has the text tower of openai/clip-vit-large-patch14 by itself
+
+
+def find_text(name):
+    """--text -> the files that hold a text tower, its config.json and its vocabulary. Raises Stop."""
+    if name == "clip":
+        return [hub_file(CLIP, file) for file in ("text_encoder/model.safetensors", "text_encoder/config.json",
+                                                  "tokenizer/vocab.json", "tokenizer/merges.txt")]
+    folder, files = Path(name), []
+    for choices in (["model.safetensors"], ["config.json"], ["tokenizer.json", "vocab.json"]):
+        places = [where / file for where in (folder, folder.parent / "tokenizer") for file in choices]
+        found = [place for place in places if place.is_file()]
+        if not found:
+            raise Stop(f"--text {name} is not tiny or clip, and no folder with {' or '.join(choices)}"
+                       + (", nor is there one in the folder tokenizer beside it" if "vocab.json" in choices else ""))
+        files.append(found[0])
+    return files + [files[-1].with_name("merges.txt")] * (files[-1].name == "vocab.json")
+
+
+def read_text_files(weights, config, vocab, merges=None):
+    """Files of Hugging Face -> the tokenizer and the text tower. Raises Stop."""
+    tensors = {k.removeprefix("text_model."): v.float() for k, v in load_safetensors(weights)[0].items()
+               if not k.startswith(("vision_model.", "visual_projection.", "logit_scale"))
+               and not k.endswith("position_ids")}
+    try:
+        about, words = (json.loads(file.read_text(encoding="utf-8")) for file in (config, vocab))
+        about = about.get("text_config", about)
+        if merges:
+            pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")
+                     if line.strip() and not line.startswith("#version")]
+        else:  # tokenizer.json holds both, and writes a pair in one of two ways
+            added, words = {a["content"]: a["id"] for a in words["added_tokens"]}, words["model"]
+            pairs = [p.split(" ") if isinstance(p, str) else p for p in words["merges"]]
+            words = words["vocab"] | added
+        if words["<|endoftext|>"] != max(words.values()):
+            raise ValueError("<|endoftext|> has not the highest id")
+        n, D = tensors["embeddings.token_embedding.weight"].shape
+        depth = len({k.split(".")[2] for k in tensors if k.startswith("encoder.layers.")})
+        tower = CLIPText(n, len(tensors["embeddings.position_embedding.weight"]), D,
+                         len(tensors["encoder.layers.0.mlp.fc1.bias"]), depth, about["num_attention_heads"],
+                         {"gelu": F.gelu, "quick_gelu": quick_gelu}[about["hidden_act"]],
+                         len(tensors.get("text_projection.weight", ())))
+        load_weights(tower, tensors, weights)
+        bpe = BPE(words, pairs)
+        tower(torch.tensor([bpe("a cat"), [max(words.values())] * len(bpe("a cat"))]))  # or it fails after long work
+        return bpe, tower
+    except OSError as e:
+        raise Stop(f"cannot read {e.filename}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as e:
+        raise Stop(f"{weights} with {config.name} and {vocab.name} is no text tower of CLIP: {e!r}")
+
+
+def load_reader(args, rank, world):
+    """What --text names: tokenise(text) -> ids; length, how many of them count; dim and pooled_dim of what is read; and
+    the frozen tower, None where the model has its own. Raises Stop."""
+    if args.text == "tiny":
+        return SimpleNamespace(tokenise=word_ids, length=TINY["length"], dim=TINY["D"], pooled_dim=TINY["D"],
+                               tower=None, key="tiny")
+    found = on_each_node(functools.partial(find_text, args.text), rank, world)
+    bpe, tower = read_text_files(*found[int(os.environ.get("GROUP_RANK", 0))])  # where this node has it
+    tower.eval().requires_grad_(False)
+    about = [fingerprint(tower), sorted(bpe.vocab.items()), sorted(bpe.rank.items())]
+    return SimpleNamespace(tokenise=bpe, length=tower.length, dim=tower.dim, pooled_dim=tower.pooled_dim, tower=tower,
+                           key=hashlib.sha256(repr(about).encode()).hexdigest()[:16])
+
+
+@torch.no_grad()
+def read_texts(reader, texts, device, cache=None):
+    """texts -> rows, ids (all texts together, ...) or float16 features (all together, dim); start, where each text
+    begins in them; pooled (texts, pooled_dim) or None; longest, and too_long, how many were cut to reader.length.
+    Features are kept in the file `cache`, and taken from it where it exists. Raises Stop."""
+    ids = [reader.tokenise(text) for text in texts]
+    too_long = sum(len(i) > reader.length for i in ids)
+    ids = [i if len(i) <= reader.length else [*i[:reader.length - 1], i[-1]] for i in ids]   # the end stays
+    tokens = SimpleNamespace(start=np.cumsum([0, *map(len, ids)]), pooled=None, longest=max(map(len, ids)),
+                             too_long=too_long)
+    if reader.tower is None:
+        tokens.rows = np.concatenate(ids)
+        return tokens
+
+    def write(f):
+        tower, pooled = reader.tower.to(device), []
+        for part in tqdm([ids[k:k + 64] for k in range(0, len(ids), 64)], "reading captions, once",
+                         disable=None if cache else True):
+            longest = max(map(len, part))
+            padded = torch.tensor([[*i, *[i[-1]] * (longest - len(i))] for i in part], device=device)
+            try:
+                rows, all_of_it = (a.half().cpu() for a in tower(padded))
+            except RuntimeError as e:
+                raise Stop(f"--text cannot read the captions on {device}: {str(e).splitlines()[0]}", 1)
+            if not (rows.isfinite().all() and all_of_it.isfinite().all()):
+                raise Stop("--text gives features that float16 cannot hold", 1)
+            f.write(torch.cat([r[:len(i)] for r, i in zip(rows, part)]).numpy().tobytes())
+            pooled.append(all_of_it.numpy())
+        f.write(np.concatenate(pooled).tobytes())
+    n, width = tokens.start[-1] * reader.dim, reader.pooled_dim
+    if cache is None:
+        write(file := io.BytesIO())
+        flat = np.frombuffer(file.getvalue(), np.float16)
+    else:
+        if not cache.exists() or cache.stat().st_size != 2 * (n + len(ids) * width):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, write)
+        flat = np.memmap(cache, np.float16, "r")
+    tokens.rows, tokens.pooled = flat[:n].reshape(-1, reader.dim), flat[n:].reshape(len(ids), width)
+    return tokens
+
+
+def text_batch(tokens, k, device):
+    """Texts number k of what read_texts() gave, as the model takes them: txt, ids (B, L, ...) or features (B, L, dim),
+    txt_mask (B, L), 1 where there is a token and 0 behind the text, and pooled (B, pooled_dim) or None."""
+    parts = [tokens.rows[tokens.start[i]:tokens.start[i + 1]] for i in k]
+    txt = np.zeros((len(k), tokens.longest, *tokens.rows.shape[1:]), tokens.rows.dtype)  # one length: compiled once
+    for row, part in zip(txt, parts):
+        row[:len(part)] = part
+    txt_mask = (np.arange(tokens.longest) < np.array([len(part) for part in parts])[:, None]).astype(np.float32)
+    txt, txt_mask = (to_device(torch.from_numpy(a), device) for a in (txt, txt_mask))
+    if tokens.pooled is None:
+        return txt, txt_mask, None
+    return txt.float(), txt_mask, to_device(torch.from_numpy(tokens.pooled[k]), device).float()
+
 
 
 # -----------------------------------------------------------------------------
@@ -692,186 +909,6 @@ class Pixels(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Which reader of texts, and what it makes of all captions. A frozen one reads each once.
-
-SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # in Unicode; \s has more
-
-
-class BPE:
-    """CLIP's ids, 2103.00020 section 2.4: lower case, byte pairs, and <|startoftext|> and <|endoftext|> around. They
-    are those of transformers' CLIPTokenizer; OpenAI's own also repairs mojibake and HTML.
-
-    vocab {piece: id}; merges [(left, right), ...] in the order in which they were learnt."""
-
-    def __init__(self, vocab, merges):
-        self.vocab, self.rank = vocab, {tuple(pair): i for i, pair in enumerate(merges)}
-        self.start, self.end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]  # are written as the letters from 256 on
-        self.letters = {b: chr(b if b in printable else 256 + others.index(b)) for b in range(256)}
-        self.known = {}  # words that were merged before
-
-    def words(self, text):
-        """What is merged each by itself: an ending such as 's, letters, one digit, or other signs."""
-        def kind(c):
-            return {"L": "letter", "N": "digit"}.get(unicodedata.category(c)[0], "sign")
-        for part in re.split(f"[{SPACES}]+", text):
-            while part:
-                ending = re.match("'s|'t|'re|'ve|'m|'ll|'d", part)
-                first = kind(part[0])
-                n = ending.end() if ending else 1
-                while not ending and first != "digit" and n < len(part) and kind(part[n]) == first:
-                    n += 1
-                yield part[:n]
-                part = part[n:]
-
-    def pieces(self, word):
-        """Of all neighbours those are joined that were joined first in training, until none are left."""
-        parts = [self.letters[b] for b in word.encode(errors="replace")]
-        parts[-1] += "</w>"
-        while len(parts) > 1:
-            pair = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
-            if pair not in self.rank:
-                break
-            joined, rest = [], parts
-            while rest:
-                n = 2 if tuple(rest[:2]) == pair else 1
-                joined, rest = joined + ["".join(rest[:n])], rest[n:]
-            parts = joined
-        return [self.vocab.get(part, self.end) for part in parts]
-
-    def __call__(self, text):
-        ids = [self.start]
-        for i, part in enumerate(re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text)):
-            if i % 2:  # these two in a text are what they say, in transformers, too
-                ids.append(self.vocab[part])
-                continue
-            part = "".join(c.lower() for c in unicodedata.normalize("NFC", part))  # by sign, for final sigmas
-            for word in self.words(part):
-                if word not in self.known:
-                    self.known[word] = self.pieces(word)
-                ids += self.known[word]
-        return [*ids, self.end]
-
-
-CLIP = "stabilityai/stable-diffusion-xl-base-1.0"  # has the text tower of openai/clip-vit-large-patch14 by itself
-
-
-def find_text(name):
-    """--text -> the files that hold a text tower, its config.json and its vocabulary. Raises Stop."""
-    if name == "clip":
-        return [hub_file(CLIP, file) for file in ("text_encoder/model.safetensors", "text_encoder/config.json",
-                                                  "tokenizer/vocab.json", "tokenizer/merges.txt")]
-    folder, files = Path(name), []
-    for choices in (["model.safetensors"], ["config.json"], ["tokenizer.json", "vocab.json"]):
-        places = [where / file for where in (folder, folder.parent / "tokenizer") for file in choices]
-        found = [place for place in places if place.is_file()]
-        if not found:
-            raise Stop(f"--text {name} is not tiny or clip, and no folder with {' or '.join(choices)}"
-                       + (", nor is there one in the folder tokenizer beside it" if "vocab.json" in choices else ""))
-        files.append(found[0])
-    return files + [files[-1].with_name("merges.txt")] * (files[-1].name == "vocab.json")
-
-
-def read_text_files(weights, config, vocab, merges=None):
-    """Files of Hugging Face -> the tokenizer and the text tower. Raises Stop."""
-    tensors = {k.removeprefix("text_model."): v.float() for k, v in load_safetensors(weights)[0].items()
-               if not k.startswith(("vision_model.", "visual_projection.", "logit_scale"))
-               and not k.endswith("position_ids")}
-    try:
-        about, words = (json.loads(file.read_text(encoding="utf-8")) for file in (config, vocab))
-        about = about.get("text_config", about)
-        if merges:
-            pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")
-                     if line.strip() and not line.startswith("#version")]
-        else:  # tokenizer.json holds both, and writes a pair in one of two ways
-            added, words = {a["content"]: a["id"] for a in words["added_tokens"]}, words["model"]
-            pairs = [p.split(" ") if isinstance(p, str) else p for p in words["merges"]]
-            words = words["vocab"] | added
-        if words["<|endoftext|>"] != max(words.values()):
-            raise ValueError("<|endoftext|> has not the highest id")
-        n, D = tensors["embeddings.token_embedding.weight"].shape
-        depth = len({k.split(".")[2] for k in tensors if k.startswith("encoder.layers.")})
-        tower = CLIPText(n, len(tensors["embeddings.position_embedding.weight"]), D,
-                         len(tensors["encoder.layers.0.mlp.fc1.bias"]), depth, about["num_attention_heads"],
-                         {"gelu": F.gelu, "quick_gelu": quick_gelu}[about["hidden_act"]],
-                         len(tensors.get("text_projection.weight", ())))
-        load_weights(tower, tensors, weights)
-        return BPE(words, pairs), tower
-    except OSError as e:
-        raise Stop(f"cannot read {e.filename}: {e.strerror}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise Stop(f"{weights} with {config.name} and {vocab.name} is no text tower of CLIP: {e!r}")
-
-
-def load_reader(args, rank, world):
-    """What --text names: tokenise(text) -> ids; length, how many of them count; dim and pooled_dim of what is read; and
-    the frozen tower, None where the model has its own. Raises Stop."""
-    if args.text == "tiny":
-        return SimpleNamespace(tokenise=word_ids, length=TINY["length"], dim=TINY["D"], pooled_dim=TINY["D"],
-                               tower=None, key="tiny")
-    found = on_each_node(functools.partial(find_text, args.text), rank, world)
-    bpe, tower = read_text_files(*found[int(os.environ.get("GROUP_RANK", 0))])  # where this node has it
-    tower.eval().requires_grad_(False)
-    about = [fingerprint(tower), sorted(bpe.vocab.items()), sorted(bpe.rank.items())]
-    return SimpleNamespace(tokenise=bpe, length=tower.length, dim=tower.dim, pooled_dim=tower.pooled_dim, tower=tower,
-                           key=hashlib.sha256(repr(about).encode()).hexdigest()[:16])
-
-
-@torch.no_grad()
-def read_texts(reader, texts, device, cache=None):
-    """texts -> rows, ids (all texts together,) or float16 features (all together, dim); start, where each text begins
-    in them; pooled (texts, pooled_dim) or None; longest, and too_long, how many were cut to reader.length. Features are
-    kept in the file `cache`, and taken from it where it exists."""
-    ids = [reader.tokenise(text) for text in texts]
-    too_long = sum(len(i) > reader.length for i in ids)
-    ids = [i if len(i) <= reader.length else [*i[:reader.length - 1], i[-1]] for i in ids]   # the end stays
-    read = SimpleNamespace(start=np.cumsum([0, *map(len, ids)]), pooled=None, longest=max(map(len, ids)),
-                           too_long=too_long)
-    if reader.tower is None:
-        read.rows = np.concatenate(ids)
-        return read
-
-    def write(f):
-        tower, pooled = reader.tower.to(device), []
-        for part in tqdm([ids[k:k + 64] for k in range(0, len(ids), 64)], "reading captions, once",
-                         disable=None if cache else True):
-            longest = max(map(len, part))
-            padded = torch.tensor([[*i, *[i[-1]] * (longest - len(i))] for i in part], device=device)
-            rows, all_of_it = (a.half().cpu() for a in tower(padded))
-            if not (rows.isfinite().all() and all_of_it.isfinite().all()):
-                raise Stop("--text gives features that float16 cannot hold", 1)
-            f.write(torch.cat([r[:len(i)] for r, i in zip(rows, part)]).numpy().tobytes())
-            pooled.append(all_of_it.numpy())
-        f.write(np.concatenate(pooled).tobytes())
-    if cache is None:
-        write(file := io.BytesIO())
-        flat = np.frombuffer(file.getvalue(), np.float16)
-    else:
-        if not cache.exists():
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, write)
-        flat = np.memmap(cache, np.float16, "r")
-    n = read.start[-1] * reader.dim
-    read.rows, read.pooled = flat[:n].reshape(-1, reader.dim), flat[n:].reshape(len(ids), reader.pooled_dim)
-    return read
-
-
-def text_batch(read, k, device):
-    """Texts number k of what read_texts() gave, as the model takes them: txt (B, L) ids or (B, L, dim) features, with
-    zeros where txt_mask (B, L) is False, and pooled (B, pooled_dim) or None."""
-    parts = [read.rows[read.start[i]:read.start[i + 1]] for i in k]
-    txt = np.zeros((len(k), read.longest, *read.rows.shape[1:]), read.rows.dtype)  # not longer: compiled once
-    for row, part in zip(txt, parts):
-        row[:len(part)] = part
-    txt_mask = np.arange(read.longest) < np.array([len(part) for part in parts])[:, None]
-    txt, txt_mask = (to_device(torch.from_numpy(a), device) for a in (txt, txt_mask))
-    if read.pooled is None:
-        return txt, txt_mask, None
-    return txt.float(), txt_mask, to_device(torch.from_numpy(read.pooled[k]), device).float()
-
-
-# -----------------------------------------------------------------------------
 # Data: pictures and captions, read once into a cache of uint8 that is memory-mapped.
 
 DRAWN_FACES = 16_000  # size of the drawn set; the drawing never ends, but epochs and a held-out part need an end
@@ -1013,34 +1050,43 @@ def list_pictures(path):
 
 def read_captions(path, names):
     """The captions of pictures in a folder or .zip -> {name: [caption, ...]}: from a.txt beside a.jpg, one a line, and
-    from metadata.jsonl ({"file_name": "a.jpg", "text": "..."}), as Hugging Face's imagefolder has them. For one that
-    cannot be read the value is the reason. Raises Stop."""
+    from metadata.jsonl ({"file_name": "a.jpg", "text": "..."}), as Hugging Face's imagefolder has them. In place of
+    those that cannot be read, or are of a picture that is not there, the reason. Raises Stop."""
     if path.is_dir():
-        files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")}
-        read = lambda name: (path / name).read_bytes()
+        files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+        contents = lambda name: (path / name).read_bytes()
     else:
         archive = zipfile.ZipFile(path)
-        files, read = set(archive.namelist()), archive.read
+        files, contents = set(archive.namelist()), archive.read
     captions = {}
     for file in sorted(f for f in files if f.rpartition("/")[2] == "metadata.jsonl"):
-        for i, line in enumerate(read(file).splitlines(), 1):
+        try:
+            lines = contents(file).splitlines()
+        except Exception as e:  # a damaged file can raise anything
+            raise Stop(f"{file} in {path} cannot be read: {e}")
+        for i, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
-                name, text = file[:-len("metadata.jsonl")] + entry["file_name"], entry["text"]
-                if not all(isinstance(t, str) for t in ([text] if isinstance(text, str) else text)):
+                entry = json.loads(line) if line.strip() else dict(file_name="", text="")
+                name = posixpath.normpath(posixpath.join(posixpath.dirname(file), entry["file_name"]))
+                texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
+                if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
                     raise TypeError("text")
             except (ValueError, KeyError, TypeError):
                 raise Stop(f'{path}: line {i} of {file} is not like {{"file_name": "a.jpg", "text": "a caption"}}')
-            captions.setdefault(name, []).extend([text] if isinstance(text, str) else text)
+            if line.strip() and name not in files:
+                captions[name] = f"{file} names it, but it is not there"
+            elif line.strip():
+                captions.setdefault(name, []).extend(texts)
     for name in names:
-        beside = name.rpartition(".")[0] + ".txt"
-        if beside in files:
+        for beside in {name.rpartition(".")[0] + suffix for suffix in (".txt", ".TXT")} & files:
             try:
-                lines = [line.strip() for line in read(beside).decode("utf-8-sig").splitlines()]
+                lines = [line.strip() for line in contents(beside).decode("utf-8-sig").splitlines()]
                 captions.setdefault(name, []).extend([line for line in lines if line] or [""])
             except UnicodeDecodeError:
                 captions[name] = f"{beside} is not UTF-8"
-    return captions
+            except Exception as e:
+                captions[name] = f"{beside} cannot be read: {e}"
+    return {name: texts for name, texts in captions.items() if isinstance(texts, str) or name in set(names)}
 
 
 def shortened(caption):
@@ -1067,17 +1113,18 @@ class Pictures(torch.utils.data.Dataset):
             shape = self.file.shape
             if self.file.dtype != np.uint8 or shape[3:] != (3,) or not all(shape):
                 raise Stop(f"{path}: images has to be uint8 (N, height, width, 3)")
-            if captions.dtype.kind != "U" or captions.shape not in ((shape[0],), (shape[0], *captions.shape[1:2])):
+            if captions.dtype.kind != "U" or not captions.size or captions.shape[0] != shape[0] or captions.ndim > 2:
                 raise Stop(f"{path}: captions has to be text, (N,) or (N, captions of each)")
-            self.names, self.captions = range(shape[0]), captions.reshape(shape[0], -1).tolist()
+            self.names, self.captions = range(shape[0]), [[text for text in texts if text] or [""] for texts in
+                                                          captions.reshape(shape[0], -1).tolist()]
             stamps = [path.stat().st_size, path.stat().st_mtime_ns]
         else:
             self.names, classes, labels, stamps = list_pictures(path)
             captions = read_captions(path, self.names)
             if not captions and len(classes) > 1:
-                captions = {name: [classes[y].replace("_", " ")] for name, y in zip(self.names, labels)}
+                captions = {name: [classes[y].strip(".").replace("_", " ")] for name, y in zip(self.names, labels)}
                 self.note = f"{path} has no captions, so the names of its folders are taken: {', '.join(classes)[:200]}"
-            if not captions:
+            if not captions and self.names:
                 raise Stop(f"{path} has no captions: put a.txt beside a.jpg, or write a metadata.jsonl with lines like "
                            '{"file_name": "a.jpg", "text": "a caption"}')
             self.names = self.names + sorted(captions.keys() - set(self.names))  # named, but perhaps not there
@@ -1106,7 +1153,8 @@ class Pictures(torch.utils.data.Dataset):
             with self.file.open(name) as f:
                 return read_picture(f, self.size), captions
         except Exception as e:  # a broken file can raise anything in Pillow or zipfile
-            return f"{name}: {str(e) or type(e).__name__}".splitlines()[0], None
+            why = f"{name}: {str(e) or type(e).__name__}".splitlines()[0]
+            return why.encode(errors="backslashreplace").decode(), None  # a name need not be UTF-8
 
 
 def prepare_data(data, size, drawn=DRAWN_FACES):
@@ -1138,23 +1186,34 @@ def prepare_data(data, size, drawn=DRAWN_FACES):
     return cache
 
 
+SIDES = re.compile(r"\b(left|right|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
+
+
 def open_data(cache):
     """What prepare_data made -> name, key, broken, images uint8 (N, size, size, 3), texts, the captions there are and
     "" as the last, text_of, the numbers of each picture's captions in texts, and train and val, the numbers of the
-    pictures on either side. A tenth is held out, the same in every run: of all captions, or where these are few, of the
-    pictures; at most 256 of either. Pictures whose first caption is held out are not trained on."""
+    pictures on either side; has_sides (N,), where mirroring would make a caption untrue.
+
+    A tenth is held out, the same in every run: of the captions, with all their pictures, or where these are few or each
+    is of many pictures, of the pictures; at most 256 of either. Val are 256 of those pictures."""
     data = SimpleNamespace(**json.loads(cache.with_suffix(".json").read_text()))
     n, rng = len(data.captions), np.random.default_rng(0)
     data.images = np.memmap(cache, np.uint8, "r", shape=(n, data.size, data.size, 3))
     number = {text: k for k, text in enumerate(sorted({text for texts in data.captions for text in texts} - {""}))}
     number[""] = len(number)
     data.texts, data.text_of = list(number), [[number[text] for text in texts] for texts in data.captions]
-    kind = np.array([texts[0] for texts in data.text_of])
-    if len(set(kind)) < 100:
-        kind = np.arange(n)
-    kinds = rng.permutation(np.unique(kind))
-    held = np.isin(kind, kinds[:min(256, len(kinds) // 10)])
-    data.train, data.val = np.flatnonzero(~held), rng.permutation(np.flatnonzero(held))[:256]
+    data.has_sides = np.array([any(map(SIDES.search, texts)) for texts in data.captions])
+    first = np.array([texts[0] for texts in data.text_of])
+    rare = np.flatnonzero(np.bincount(first, minlength=len(number))[:-1] <= max(1, n // 100))   # without ""
+    rare = np.intersect1d(rare, first)
+    if len(rare) >= 100:
+        held = set(rng.permutation(rare)[:min(256, len(rare) // 10)].tolist())
+        out = np.isin(first, list(held))
+        data.text_of = [texts if away else [k for k in texts if k not in held]  # nor as another caption of a picture
+                        for texts, away in zip(data.text_of, out)]
+    else:
+        out = np.isin(np.arange(n), rng.permutation(n)[:min(256, n // 10)])
+    data.train, data.val = np.flatnonzero(~out), rng.permutation(np.flatnonzero(out))[:256]
     return data
 
 
@@ -1305,7 +1364,7 @@ def train_tiny(vae, data, args, device, rank, world):
             if step % 50 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.4f}")
         cache.parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(cache, vae.state_dict(), dict(format="pt", script="latent_dit.py", kind="tiny_vae"))
+        save_safetensors(cache, vae.state_dict(), dict(format="pt", kind="tiny_vae"))
     if world > 1:
         for v in vae.state_dict().values():
             dist.broadcast(v, 0)
@@ -1812,19 +1871,23 @@ def adopt(args, saved, keys, path):
 
     def refuse(sentence):
         raise Stop(f"{path} does not go with this: {sentence}")
-    check(args, refuse)
+    try:
+        check(args, refuse)
+    except TypeError:
+        refuse("its settings have been edited")
 
 
 @torch.no_grad()
 def generate(model, vae, args, noise, text, text_null, on_step=None, z0=None, mask=None):
     """sample() as the flags say, from noise (B, C, h, w), told text and kept away from text_null. With latents z0
-    (1, C, h, w) it begins at these, --strength of the way to noise, and where mask (1, 1, h, w) is False it keeps
+    (1, C, h, w) it begins with these at t = --strength, and where mask (1, 1, h, w) is False it keeps
     them -> pictures (B, 3, H, W)."""
     device, times = noise.device, time_grid(args.sample_steps, args.time_shift)
     with torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(args.dtype, device) == torch.bfloat16):
-        velocity = guided(model, model.read(text), model.read(text_null), args.cfg_scale, args.cfg_interval)
+        text, text_null = model.encode_text(text), model.encode_text(text_null)
+        velocity = guided(model, text, text_null, args.cfg_scale, args.cfg_interval)
         if z0 is not None:
-            times = times[round((1 - args.strength) * args.sample_steps):]
+            times = [args.strength] + [t for t in times if t < args.strength]
             if mask is not None:
                 velocity = inpaint(velocity, mask, noise - z0)
             noise = path(z0, noise, times[0])[0]
@@ -1839,11 +1902,12 @@ def train_batch(data, args, step, device, rank, world):
     t, u = logit_normal((B,), args.time_shift, g)[mine], torch.rand((B, 3), generator=g)[mine]
     places = range(step * B + mine.start, step * B + mine.stop)  # in the endless list of shuffled epochs
     i = data.train[[shuffled(n, args.seed, k // n)[k % n] for k in places]]
-    z0 = load_latents(data, i, (u[:, 0] < 0.5) & args.flip, device)
+    mirrored = (u[:, 0] < 0.5) & args.flip & ~torch.from_numpy(data.has_sides[i])
+    z0 = load_latents(data, i, mirrored, device)
     g = torch.Generator(device).manual_seed(mix(NOISE, args.seed, step))
     eps = torch.randn((B, *z0.shape[1:]), generator=g, device=device)[mine]
     texts = [data.text_of[j] if hide >= P_UNCOND else [len(data.texts) - 1] for j, hide in zip(i, u[:, 1].tolist())]
-    text = text_batch(data.read, [k[int(v * len(k))] for k, v in zip(texts, u[:, 2].tolist())], device)
+    text = text_batch(data.tokens, [k[int(v * len(k))] for k, v in zip(texts, u[:, 2].tolist())], device)
     return z0, eps, to_device(t, device), *text
 
 
@@ -1872,7 +1936,7 @@ def validate(model, data, args, device, rank, world, amp):
     for i in (mine[k:k + 64] for k in range(0, len(mine), 64)):
         t = torch.from_numpy((i + 0.5) / n).float().to(device)
         z0 = load_latents(data, data.val[i], torch.zeros(len(i), dtype=torch.bool), device)
-        text = text_batch(data.read, [data.text_of[j][0] for j in data.val[i]], device)
+        text = text_batch(data.tokens, [data.text_of[j][0] for j in data.val[i]], device)
         eps = next(image_noise(args.seed + 1, i, z0.shape[1:], device))
         with amp():
             loss = loss_fn(model, z0, eps, t, text).cpu().double()
@@ -1961,6 +2025,8 @@ def load_model(path, args, device, rank, world):
     tensors, saved, data = read_model(path, "text2img.py")
     also = {"vae", "text", "sample_steps", "cfg_scale", "cfg_interval", "sampler", "time_shift", "size"} - args.given
     adopt(args, saved, set(ARCHITECTURE) - {"text"} | also, path)
+    if args.time_shift is None or (saved["text"] == "tiny") != (args.text == "tiny"):
+        raise Stop(f"{path} was made with --text {saved['text']} and a --time_shift {saved.get('time_shift')}")
     if "time_shift" in also:
         args.time_shift *= max(1, args.size / saved.get("size", args.size))
     prompts = data.get("prompts") if isinstance(data, dict) else None
@@ -2017,11 +2083,14 @@ def train(args):
                    "or their dates have changed, or the code that reads them")
     say(f"{data.name}: {len(data.train)} pictures to train on, {len(data.val)} held out, {len(data.texts) - 1} "
         f"captions; {device} x {world}, {str(pick_dtype(args.dtype, device))[6:]}; writes to {out}")
-    cache = Path(f"data/cache/text-{hashlib.sha256(repr([reader.key, data.texts]).encode()).hexdigest()[:16]}.f16")
-    on_each_node(lambda: bool(read_texts(reader, data.texts, device, cache)), rank, world)
-    data.read, reader.tower = read_texts(reader, data.texts, device, cache), None  # frees its memory
-    if data.read.too_long:
-        say(f"captions of more than {reader.length} tokens, cut to that: {data.read.too_long}")
+    code = [inspect.getsource(part) for part in (CLIPLayer, CLIPText, BPE, read_texts)]
+    about = repr([reader.key, data.texts, code]).encode(errors="replace")
+    cache = Path(f"data/cache/text-{hashlib.sha256(about).hexdigest()[:16]}.f16")
+    if reader.tower is not None:
+        on_each_node(lambda: bool(read_texts(reader, data.texts, device, cache)), rank, world)
+    data.tokens, reader.tower = read_texts(reader, data.texts, device, cache), None  # frees its memory
+    if data.tokens.too_long:
+        say(f"captions of more than {reader.length} tokens, cut to that: {data.tokens.too_long}")
     if args.vae == "tiny" and state and state.get("vae"):
         load_weights(vae, state["vae"], args.resume)
     elif args.vae == "tiny":
@@ -2054,7 +2123,7 @@ def train(args):
     amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     log_every = max(1, min(50, args.steps // 50))
     prompts = list(dict.fromkeys(data.text_of[i][0] for i in data.val))  # held-out captions, for all that is shown
-    peak, flops = peak_flops(device), 3 * raw_model.flops(*shape[1:], data.read.longest)  # forward once, backward twice
+    peak, flops = peak_flops(device), 3 * raw_model.flops(*shape[1:], data.tokens.longest)  # forward, twice backward
     log = begin_log(out, start, resumed=own_folder) if rank == 0 else []
     began -= log[-1]["seconds"] if log else 0  # a resumed run counts on
     say(f"{sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; {args.vae} latents "
@@ -2065,7 +2134,7 @@ def train(args):
         """Pictures (columns, H, W, 3) of each of the first held-out captions, of all from the same noise."""
         k = np.repeat(prompts[:rows], columns)
         noise = next(image_noise(args.seed, range(columns), shape, device)).repeat(len(k) // columns, 1, 1, 1)
-        text, null = (text_batch(data.read, n, device) for n in (k, [len(data.texts) - 1] * len(k)))
+        text, null = (text_batch(data.tokens, n, device) for n in (k, [len(data.texts) - 1] * len(k)))
         settings = argparse.Namespace(**{**vars(args), **other})
         return np.split(to_uint8(generate(ema, vae, settings, noise, text, null, on_step)), len(k) // columns)
 
@@ -2162,10 +2231,12 @@ def train(args):
     sum_over_ranks(torch.zeros(1, device=device)).item()  # the others wait for the pictures
 
 
-def read_given(args, model, vae, device):
+def read_given(args, out, model, vae, device):
     """--init_image and --mask -> picture (1, 3, H, W) and its latents z0 (1, C, h, w); white (1, 1, H, W), True where
     the picture may change, and mask (1, 1, h, w), where its latents may; None for what is not given. Raises Stop."""
-    def read(name, file):
+    def open_picture(name, file):
+        if Path(file).resolve().parent == out.resolve():
+            raise Stop(f"--{name} lies in {out}, where the new pictures go: copy it elsewhere, or say --out")
         try:
             with Image.open(file) as im:
                 sides = ImageOps.exif_transpose(im).size
@@ -2174,31 +2245,34 @@ def read_given(args, model, vae, device):
             raise Stop(f"--{name} {file} cannot be read: {getattr(e, 'strerror', None) or e}")
     if not args.init_image:
         return None, None, None, None
-    picture, sides = read("init_image", args.init_image)
+    picture, sides = open_picture("init_image", args.init_image)
     with torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(args.dtype, device) == torch.bfloat16):
         z0 = (vae.encode(picture).float() - model.z_mean) / model.z_std
     if not args.mask:
         return picture, z0, None, None
-    white, mask_sides = read("mask", args.mask)
+    white, mask_sides = open_picture("mask", args.mask)
     if mask_sides != sides:
         raise Stop(f"--mask is {mask_sides[0]} x {mask_sides[1]} pixels, but --init_image {sides[0]} x {sides[1]}")
     white = white.mean(1, keepdim=True) > 0
+    if not white.any():
+        raise Stop(f"nothing in --mask {args.mask} is white, so nothing would change")
     return picture, z0, white, F.max_pool2d(white.float(), vae.factor) > 0
 
 
 def read_prompts(given):
-    """--prompt: texts, or a .txt file with one a line -> texts. Raises Stop."""
-    if len(given) > 1 or not given[0].endswith(".txt"):
-        return given
-    try:
-        lines = [line.strip() for line in Path(given[0]).read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as e:
-        raise Stop(f"--prompt {given[0]} cannot be read: {e.strerror}")
-    except UnicodeDecodeError:
-        raise Stop(f"--prompt {given[0]} is not UTF-8")
-    if not any(lines):
-        raise Stop(f"--prompt {given[0]} is empty")
-    return [line for line in lines if line]
+    """--prompt: texts, and .txt files with one a line -> texts. Raises Stop."""
+    prompts = []
+    for text in given:
+        try:
+            lines = Path(text).read_text(encoding="utf-8-sig").splitlines() if text.lower().endswith(".txt") else [text]
+        except OSError as e:
+            raise Stop(f"--prompt {text} cannot be read: {e.strerror}")
+        except UnicodeDecodeError:
+            raise Stop(f"--prompt {text} is not UTF-8")
+        prompts += [line.strip() for line in lines if line.strip() or lines == [text]]
+    if not prompts:
+        raise Stop(f"--prompt {' '.join(given)} is empty")
+    return prompts
 
 
 def sample_only(args):
@@ -2213,13 +2287,15 @@ def sample_only(args):
         raise Stop("--negative_prompt works by guidance: it needs a --cfg_scale above 1")
     if args.interpolate and len(prompts) < 2:
         raise Stop("--interpolate needs at least two prompts")
-    picture, z0, white, mask = read_given(args, model, vae, device)
+    picture, z0, white, mask = read_given(args, out / "generated", model, vae, device)
     args.strength = (1.0 if args.mask else 0.6) if args.strength is None else args.strength
-    began, P, read = time.time(), len(prompts), read_texts(reader, [*prompts, args.negative_prompt], device)
+    began, P, tokens = time.time(), len(prompts), read_texts(reader, [*prompts, args.negative_prompt], device)
     shape = (vae.channels, args.size // vae.factor, args.size // vae.factor)
 
-    def draw(noise, text):
-        x = generate(model, vae, args, noise, text, text_batch(read, [P] * len(noise), device), z0=z0, mask=mask)
+    def draw(noise, text, text_null):
+        x = generate(model, vae, args, noise, text, text_null, z0=z0, mask=mask)
+        if not x.isfinite().all():
+            raise Stop(f"{args.ckpt} draws what are no numbers; was its training sound?", 1)
         return to_uint8(x if mask is None else torch.where(white, x.float(), picture))  # the rest as it was
 
     (out / "generated").mkdir(parents=True, exist_ok=True)
@@ -2227,9 +2303,10 @@ def sample_only(args):
         C, frames = args.sample or 4, []  # pictures side by side
         share = torch.linspace(0, 1, args.interpolate, device=device).repeat_interleave(C)
         noise = next(image_noise(args.seed, range(C), shape, device)).repeat(args.interpolate, 1, 1, 1)
+        texts = [model.encode_text(text_batch(tokens, [k], device)) for k in range(P + 1)]
         for k in tqdm(range(P - 1), "sampling", disable=True if rank else None):
-            one, other = (model.read(text_batch(read, [p], device)) for p in (k, k + 1))
-            x = np.concatenate([draw(e, between(one, other, s)) for e, s in zip(noise.split(64), share.split(64))])
+            x = np.concatenate([draw(e, between(texts[k], texts[k + 1], f), between(texts[P], texts[P], f))
+                                for e, f in zip(noise.split(64), share.split(64))])
             first = C if k else 0  # the film has it already
             frames += [caption_rows([x[i:i + C]], [prompts[k + (share[i].item() > 0.5)]])
                        for i in range(first, len(x), C)]
@@ -2239,14 +2316,14 @@ def sample_only(args):
         return
 
     earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png")) if rank == 0 else []
-    for old in earlier:  # a larger earlier set must not mix with this one
-        old.unlink()
+    for old in [*earlier, out / "generated/metadata.jsonl"]:  # a larger earlier set must not mix with this one
+        old.unlink(missing_ok=True)
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     n = args.sample or 4 * P
     mine, side = np.array_split(np.arange(n), world)[rank], shape[1] // args.patch_size
     for i in tqdm([mine[k:k + 64] for k in range(0, len(mine), 64)], "sampling", disable=True if rank else None):
         noise = next(image_noise(args.seed, i // P if args.prompt else i, shape, device))
-        x = draw(noise, text_batch(read, i % P, device))
+        x = draw(noise, *(text_batch(tokens, k, device) for k in (i % P, np.full(len(i), P))))
         for j, drawn in zip(i, x):
             Image.fromarray(drawn).save(out / f"generated/{j:06d}.png")
         if i[0] == 0:
@@ -2259,8 +2336,8 @@ def sample_only(args):
         write_atomically(out / "generated/metadata.jsonl", lambda f: f.write("".join(lines).encode()))
         first, last = args.cfg_interval
         how = f"{args.sampler}, {args.sample_steps} steps, --cfg_scale {args.cfg_scale} from t = {first} to {last}"
-        if read.too_long:
-            how += f"; texts of more than {reader.length} tokens, cut to that: {read.too_long}"
+        if tokens.too_long:
+            how += f"; texts of more than {reader.length} tokens, cut to that: {tokens.too_long}"
         if side != model.grid:
             how += f"; trained at {model.grid * args.size // side} pixels: the further from that, the worse"
         print(f"{n} pictures in {out / 'generated'}"
@@ -2294,7 +2371,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own
         if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
             raise
-        sentence, code = "out of memory: raise --accum, or lower --batch_size, or say --grad_checkpoint", 1
+        sentence, code = "out of memory: raise --accum, or lower --batch_size, or say --grad_checkpoint; for drawing " \
+                         "lower --size or --sample", 1
     if sentence:  # before the next line, which can wait for ranks that are gone
         print(f"text2img.py: {sentence}", file=sys.stderr, flush=True)
     if dist.is_initialized():

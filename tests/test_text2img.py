@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gzip
 import json
+import math
 import os
 import random
 import shutil
@@ -224,22 +225,48 @@ def test_features_are_those_of_each_text_alone(clip_folders):
         rows, pooled = reader.tower(torch.tensor([ids]))
         txt, txt_mask, alone = mm.text_batch(read, [i], CPU)
         n = len(ids)
-        assert txt_mask[0].tolist() == [True] * n + [False] * (read.longest - n) and not txt[0, n:].any()
+        assert txt_mask[0].tolist() == [1] * n + [0] * (read.longest - n) and not txt[0, n:].any()
         torch.testing.assert_close(txt[0, :n].float(), rows[0], atol=2e-2, rtol=2e-3)
         torch.testing.assert_close(alone[0].float(), pooled[0], atol=2e-2, rtol=2e-3)
 
 
+def test_what_else_is_no_text_tower(clip_folders):
+    """Files that fit together, but not the heads, or words of which the tower has no row: said at once."""
+    folder, _ = clip_folders["L"]
+    config, words = (json.loads((folder / name).read_text(encoding="utf-8"))
+                     for name in ("text_encoder/config.json", "tokenizer/vocab.json"))
+    keys = set()
+    for i, change in enumerate((dict(), dict(num_attention_heads=2), dict(hidden_act="gelu"), dict(num_attention_heads=7),
+                                dict(num_attention_heads=0), dict(num_attention_heads="8"), dict(hidden_act="relu"))):
+        place = Path(f"config{i}")
+        shutil.copytree(folder / "tokenizer", place)
+        shutil.copy(folder / "text_encoder/model.safetensors", place)
+        (place / "config.json").write_text(json.dumps(config | change))
+        if i < 3:
+            keys.add(reader_of(place).key)
+        else:
+            with pytest.raises(mm.Stop, match="no text tower"):
+                reader_of(place)
+    assert len(keys) == 3  # the same weights read otherwise are another tower
+    del words["<|endoftext|>"]
+    words["<|endoftext|>"] = len(words) + 5
+    Path("config0/vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    with pytest.raises(mm.Stop, match="no text tower"):
+        reader_of("config0")
+
+
 def test_words_need_no_vocabulary():
-    end = mm.TINY["vocab"] - 1
+    end = [mm.TINY["vocab"] - 1] * 2
     assert mm.word_ids("") == mm.word_ids(" \n") == [end]
     assert mm.word_ids("A Gray cat") == mm.word_ids("a gray  CAT\n") and len(mm.word_ids("a gray cat")) == 4
     assert mm.word_ids("cafe\u0301") == mm.word_ids("café") and len(mm.word_ids("日本語")) == 4
-    assert len(mm.word_ids("it's")) == 4 and len(mm.word_ids("snake_case")) == 4
+    assert len(mm.word_ids("it's")) == 4 and len(mm.word_ids("snake_case")) == 4 and len(mm.word_ids("हिन्दी")) == 2
     for text in [*STRANGE, "\ud800 lone", "🙂" * 100]:
         ids = mm.word_ids(text)
-        assert ids[-1] == end and all(0 <= i < end for i in ids[:-1])
-    words = [*mm.SPECIES, *mm.FURS, *mm.EYES, *mm.BACKGROUNDS, "a", "an", "with", "eyes", "on", "background"]
-    assert len({mm.word_ids(word)[0] for word in words}) == len(set(words))
+        assert ids[-1] == end and all(0 <= k < end[0] for pair in ids[:-1] for k in pair)
+    rng = random.Random(0)
+    words = {"".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(2, 9))) for _ in range(20_000)}
+    assert len({tuple(mm.word_ids(word)[0]) for word in words}) >= len(words) - 20
 
 
 # The method and the model
@@ -273,7 +300,7 @@ def test_it_begins_as_nothing_and_learns_to_listen():
     assert not model(normal(3, 1, 2, 2), torch.rand(3), text).any()
     opt = torch.optim.AdamW(model.parameters(), 1e-3)
     x0 = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).repeat(8, 1, 2, 2)
-    two = [a if a is None else a[:2].repeat(8, 1) for a in text]
+    two = [text[0][:2].repeat(8, 1, 1), text[1][:2].repeat(8, 1), None]
     for step in range(60):
         t = torch.sigmoid(normal(16, seed=2 * step))
         mm.loss_fn(model, x0, normal(16, 1, 2, 2, seed=2 * step + 1), t, two).mean().backward()
@@ -289,7 +316,7 @@ def test_guidance():
     """1 is the text alone, 0 the other text alone, 3 goes beyond, and outside the interval there is none."""
     model, xt, t = randomise(small()), normal(2, 4, 8, 8), torch.tensor([0.4, 0.4])
     with torch.no_grad():
-        text = model.read(tiny_text("a cat", "a dog", "", "a bird"))
+        text = model.encode_text(tiny_text("a cat", "a dog", "", "a bird"))
         cat, none = ([a[k:k + 2] for a in text] for k in (0, 2))
         told, other = model(xt, t, cat), model(xt, t, none)
         assert (told - other).abs().max() > 1e-2
@@ -308,7 +335,7 @@ def test_padding_changes_nothing(tokens):
     with torch.no_grad():
         expected = model(xt, t, (ids, mask, None))
         for other in (0, 77):
-            longer = torch.nn.functional.pad(ids, (0, 5), value=other), torch.nn.functional.pad(mask, (0, 5)), None
+            longer = torch.nn.functional.pad(ids, (0, 0, 0, 5), value=other), torch.nn.functional.pad(mask, (0, 5)), None
             torch.testing.assert_close(model(xt, t, longer), expected, atol=1e-5, rtol=1e-4)
         seen = longer[0], torch.ones_like(longer[1]), None
         assert (model(xt, t, seen) - expected).abs().max() > 1e-3
@@ -447,6 +474,35 @@ def test_captions_beside_pictures_and_in_a_zip():
     assert opened("set").key != key  # an edited caption is another set
 
 
+def test_one_bad_caption_file_does_not_end_the_run():
+    """Named and left out: a folder, a link to nothing, a damaged file in a .zip, a name that is no UTF-8."""
+    captioned("set", 100)
+    for i in (3, 4):
+        Path(f"set/00{i}.txt").unlink()
+    Path("set/003.txt").mkdir()
+    Path("set/004.txt").symlink_to("nowhere")
+    os.rename("set/005.png", os.path.join(b"set", b"caf\xe9.png"))
+    data = opened("set")
+    assert len(data.broken) == 3 and len(data.images) == 97
+    "; ".join(data.broken).encode()
+    shutil.rmtree("set")
+    captioned("set", 100)
+    shutil.make_archive("packed", "zip", "set")
+    content = Path("packed.zip").read_bytes()
+    at = content.index(b"picture number 7") if b"picture number 7" in content else content.index(b"007.txt") + 9
+    Path("packed.zip").write_bytes(content[:at] + bytes([content[at] ^ 0xff]) + content[at + 1:])
+    assert [line[:7] for line in opened("packed.zip").broken] == ["007.png"]
+
+
+def test_other_sets_beside_the_training_set_stay_out():
+    for part, n in (("train", 40), ("test", 20)):
+        captioned(f"set/{part}", n)
+        lines = [dict(file_name=f"./{i:03d}.png", text=f"{part} {i}") for i in range(n)]
+        Path(f"set/{part}/metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    data = opened("set")
+    assert captions_of(data) == [[f"train {i}", f"picture number {i}"] for i in range(40)] and not data.broken
+
+
 def test_metadata_as_the_imagefolder_has_it():
     for i in range(40):
         picture(f"set/train/{i:03d}.png")
@@ -463,6 +519,8 @@ def test_captions_in_an_npz():
     assert captions_of(opened("one.npz"))[7] == ["number 7"]
     np.savez("two.npz", images=images, captions=[[f"number {i}", "a thing"] for i in range(40)])
     assert captions_of(opened("two.npz"))[7] == ["number 7", "a thing"]
+    np.savez("gaps.npz", images=images, captions=[[f"number {i}", ""] if i else ["", ""] for i in range(40)])
+    assert captions_of(opened("gaps.npz"))[:2] == [[""], ["number 1"]]  # filled up, not said to be empty
 
 
 def test_pictures_without_captions_are_named_and_left_out():
@@ -499,6 +557,19 @@ def test_what_is_held_out():
     np.savez("few.npz", images=images, captions=["cat" if i % 2 else "dog" for i in range(n)])
     data = opened("few.npz")
     assert len(data.val) == 256 and len(data.train) == n - 256 and not set(data.val) & set(data.train)
+    np.savez("often.npz", images=images, captions=["a cat" if i < 3000 else "" if i < 3500 else f"cat {i}" for i in range(n)])
+    data = opened("often.npz")  # neither the frequent caption nor the empty one is held out
+    assert len(data.train) == n - 50 and all(data.texts[data.text_of[i][0]].startswith("cat ") for i in data.val)
+    np.savez("two.npz", images=images, captions=[[f"number {i % 200}", f"number {(i + 1) % 200}"] for i in range(n)])
+    data = opened("two.npz")
+    held = {data.text_of[i][0] for i in data.val}
+    assert len(held) == 20 and not held & {k for i in data.train for k in data.text_of[i]}
+
+
+def test_what_says_left_is_not_mirrored():
+    images = np.zeros((40, 16, 16, 3), np.uint8)
+    np.savez("set.npz", images=images, captions=["an arrow to the Left" if i % 2 else "leftover cat" for i in range(40)])
+    assert opened("set.npz").has_sides.tolist() == [bool(i % 2) for i in range(40)]
 
 
 # A run
@@ -563,7 +634,7 @@ def test_what_a_run_leaves_behind(prepared):
 def data_and_vae():
     args = mm.parse_args(SMALL)
     data = mm.shared_data(lambda: mm.prepare_data("drawn_faces", 32, 256), 0, 1)
-    data.read = mm.read_texts(mm.load_reader(args, 0, 1), data.texts, CPU)
+    data.tokens = mm.read_texts(mm.load_reader(args, 0, 1), data.texts, CPU)
     vae = mm.load_vae(args, 0, 1)
     mm.train_tiny(vae, data, args, CPU, 0, 1)
     vae = vae.eval().requires_grad_(False)
@@ -580,12 +651,12 @@ def test_what_a_batch_is_made_of(cached):
     data.texts.insert(-1, "second")  # of every picture
     null, second = len(data.texts) - 1, len(data.texts) - 2
     data.text_of = [[texts[0], second] for texts in data.text_of]
-    data.read = mm.read_texts(mm.load_reader(args, 0, 1), data.texts, CPU)
+    data.tokens = mm.read_texts(mm.load_reader(args, 0, 1), data.texts, CPU)
     args.batch_size = 4 * n
     z0, eps, t, txt, txt_mask, pooled = mm.train_batch(data, args, 0, CPU, 0, 1)
     assert pooled is None and eps.std().item() == pytest.approx(1, abs=0.02)
     plain = [mm.load_latents(data, data.train, torch.full((n,), m), CPU) for m in (False, True)]
-    known, rows = mm.text_batch(data.read, range(null + 1), CPU)[0], []
+    known, rows = mm.text_batch(data.tokens, range(null + 1), CPU)[0], []
     for z, ids, mask in zip(z0, txt, txt_mask):
         i = min(((both - z).square().sum((1, 2, 3)).min().item(), both) for both in plain)[1]
         i = data.train[(i - z).square().sum((1, 2, 3)).argmin()]
@@ -596,6 +667,12 @@ def test_what_a_batch_is_made_of(cached):
     rows = np.array(rows)
     assert (rows == null).mean() == pytest.approx(0.1, abs=4 * 0.3 / len(rows) ** 0.5)
     assert (rows == second).mean() == pytest.approx(0.45, abs=4 * 0.5 / len(rows) ** 0.5)
+    data.has_sides[:] = True  # nothing is mirrored, as with --no-flip
+    unmirrored = mm.train_batch(data, args, 0, CPU, 0, 1)[0]
+    args.flip, data.has_sides[:] = False, False
+    assert torch.equal(mm.train_batch(data, args, 0, CPU, 0, 1)[0], unmirrored)
+    assert 0.4 < (z0 != unmirrored).any(3).any(2).any(1).float().mean() < 0.6
+    args.flip = True
     halves = [mm.train_batch(data, args, 0, CPU, rank, 2) for rank in (0, 1)]
     for whole, *parts in zip((z0, eps, t, txt, txt_mask), *halves):
         assert torch.equal(whole, torch.cat(parts))
@@ -636,7 +713,7 @@ def test_a_run_is_what_the_formulas_say(cached):
     for i, p in enumerate(data.val):
         z0 = mm.load_latents(data, np.array([p]), torch.tensor([False]), CPU)
         eps, t = next(mm.image_noise(1, [i], (8, 4, 4), CPU)), (i + 0.5) / n
-        text = mm.text_batch(data.read, [data.text_of[p][0]], CPU)
+        text = mm.text_batch(data.tokens, [data.text_of[p][0]], CPU)
         with torch.no_grad():
             v = model((1 - t) * z0 + t * eps, torch.tensor([t]), text)
         errors.append((v - (eps - z0)).square().mean().item())
@@ -765,7 +842,7 @@ def test_strange_prompts_are_drawn(model, capsys):
     assert "cut to that: " in capsys.readouterr().out
 
 
-def test_image_to_image(model, prepared):
+def test_image_to_image(model, prepared, monkeypatch):
     """No strength gives the picture as the tokenizer has it; more goes further away; all of it is as without."""
     picture = prepared / "out/smoke/generated/000000.png"
     args = mm.parse_args(["--ckpt", str(model), "--prompt", "x"])
@@ -779,6 +856,16 @@ def test_image_to_image(model, prepared):
     assert abs(none - expected).max() <= 1
     assert 0 < abs(little - expected).mean() < abs(much - expected).mean()
     assert np.array_equal(all_of_it, draw(model, "--prompt", "a gray cat", "--sample_steps", 10, n=2))
+    seen, sample = [], mm.sample
+    monkeypatch.setattr(mm, "sample", lambda v, z, sampler, times, *a: seen.append((z, times)) or sample(v, z, sampler,
+                                                                                                         times, *a))
+    draw(model, *told, "--strength", 0.33, "--sample_steps", 4, "--time_shift", 2, n=2)
+    z, times = seen[0]
+    assert times == [0.33, 0.0] or times[0] == 0.33 and times[1:] == [t for t in mm.time_grid(4, 2) if t < 0.33]
+    with torch.no_grad():
+        z0 = (vae.encode(x) - net.z_mean) / net.z_std
+    noise = next(mm.image_noise(0, [0, 1], (8, 4, 4), CPU))
+    torch.testing.assert_close(z, 0.67 * z0 + 0.33 * noise, atol=1e-4, rtol=1e-4)
 
 
 def test_inpainting_a_picture(model, prepared, monkeypatch):
@@ -794,7 +881,7 @@ def test_inpainting_a_picture(model, prepared, monkeypatch):
         x = mm.load_pictures(np.asarray(Image.open(picture))[None], [0], CPU)
         z = vae.encode(x)
     given = argparse.Namespace(init_image=str(picture), mask="mask.png", size=32, dtype="fp32")
-    _, z0, white, anew = mm.read_given(given, net, vae, CPU)
+    _, z0, white, anew = mm.read_given(given, Path("drawn/generated"), net, vae, CPU)
     torch.testing.assert_close(z0 * net.z_std + net.z_mean, z, atol=1e-5, rtol=1e-4)
     assert white[0, 0].tolist() == [[True] * 9 + [False] * 23] * 32
     assert anew[0, 0].tolist() == [[True, True, False, False]] * 4
@@ -822,16 +909,64 @@ def test_a_film_from_prompt_to_prompt(model, monkeypatch):
     for frame, first in ((0, 0), (4, 1), (8, 2)):  # pictures 0 and 3 are the first prompt's
         assert abs(small[frame] - alone[[first, first + 3]]).max() <= 1
     assert abs(small[0] - small[2]).mean() > abs(small[0] - small[1]).mean() > 0
-    one = normal(1, 3, 4), torch.tensor([[True, True, False]]), normal(1, 4)
-    other = normal(1, 3, 4, seed=1), torch.tensor([[True, True, True]]), normal(1, 4, seed=1)
-    txt, mask, pooled = mm.between(one, other, torch.tensor([0, 0.25, 1]))
-    torch.testing.assert_close(txt[1], 0.75 * one[0][0] + 0.25 * other[0][0])
-    torch.testing.assert_close(pooled[[0, 2]], torch.cat([one[2], other[2]]))
-    assert mask.all()
+
+
+def test_texts_between_texts():
+    """At both ends one text alone, however long the other is, and half-way each word with half of its weight."""
+    model, t = randomise(small(patch=1)), torch.tensor([0.3, 0.3, 0.3])
+    xt = normal(1, 4, 4, 4).repeat(3, 1, 1, 1)
+    with torch.no_grad():
+        texts = model.encode_text(tiny_text("cat", "a very long text of a dog and what it did " * 5, ""))
+        one, other, null = ([a[k:k + 1] for a in texts] for k in range(3))
+        share = torch.tensor([0, 0.5, 1])
+        found = model(xt, t, mm.between(one, other, share))
+        torch.testing.assert_close(found[0], model(xt[:1], t[:1], one)[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[2], model(xt[:1], t[:1], other)[0], atol=1e-5, rtol=1e-4)
+        assert min((found[1] - found[k]).abs().mean() for k in (0, 2)) > 1e-3
+        same = model(xt, t, mm.between(null, null, share))
+        torch.testing.assert_close(same, model(xt[:1], t[:1], null).expand(3, -1, -1, -1), atol=1e-5, rtol=1e-4)
+        q, k, v = normal(1, 1, 5, 8), normal(1, 1, 4, 8, seed=1), normal(1, 1, 4, 8, seed=2)
+        weights = torch.tensor([[0.5, 1, 0.25, 0]])
+        a = (q @ k.mT / 8 ** 0.5).exp() * weights
+        torch.testing.assert_close(mm.attend(q, k, v, weights), a / a.sum(-1, keepdim=True) @ v, atol=1e-5, rtol=1e-5)
 
 
 def test_another_size(model):
     assert draw(model, "--prompt", "a gray cat", "--size", 64, "--sampler", "heun", n=1).shape == (1, 64, 64, 3)
+    args = mm.parse_args(["--ckpt", str(model), "--prompt", "x", "--size", "64"])
+    net, *_ = mm.load_model(str(model), args, CPU, 0, 1)
+    assert args.time_shift == 2 and net.grid == 4  # four times the numbers, twice the shift
+    g, seen = latent_dit.rope(8, 8, 64, CPU, 0.5), []
+    net.blocks[0].attn.forward = lambda x, positions: seen.append(positions) or x
+    net(normal(1, 8, 8, 8), torch.tensor([0.5]), tiny_text("a cat"))
+    torch.testing.assert_close(seen[0], g)
+
+
+def test_guidance_in_an_interval(model):
+    """Ends of it count, though 0.7 in float32 is less than 0.7."""
+    calls, guided = [], mm.DiT.forward
+    flags = ["--prompt", "a gray cat", "--sample_steps", 10, "--cfg_scale", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mm.DiT, "forward", lambda self, xt, t, text: calls.append((round(t[0].item(), 3), len(xt)))
+                      or guided(self, xt, t, text))
+        draw(model, *flags, "--cfg_interval", 0.3, 0.8, n=1)
+    assert [t for t, n in calls if n == 2] == [0.8, 0.7, 0.6, 0.5, 0.4, 0.3] and len(calls) == 10
+
+
+def test_weights_that_are_no_numbers(model, capsys):
+    tensors, about = mm.load_safetensors(model)
+    mm.save_safetensors(Path("nan.safetensors"), tensors | {"out.bias": tensors["out.bias"] * math.nan}, about)
+    assert run("--ckpt", "nan.safetensors", "--device", "cpu", "--prompt", "cat") == 1
+    assert "no numbers" in capsys.readouterr().err
+
+
+def test_edited_settings(model, capsys):
+    tensors, about = mm.load_safetensors(model)
+    for name, value in (("time_shift", "abc"), ("time_shift", None), ("cfg_interval", ["a", "b"])):
+        args = json.loads(about["args"]) | {name: value}
+        mm.save_safetensors(Path("edited.safetensors"), tensors, about | {"args": json.dumps(args)})
+        assert run("--ckpt", "edited.safetensors", "--device", "cpu", "--prompt", "cat") == 2
+        assert "edited.safetensors" in capsys.readouterr().err
 
 
 # Wrong input
@@ -855,6 +990,15 @@ BAD = {
     "a text tower without words": ("--text wordless", "--text wordless tokenizer"),
     "a text tower of another kind": ("--text odd", "odd"),
     "resume with another text": ("--resume ckpt.pt --text odd", "odd"),
+    "a mask of nothing": ("--ckpt smoke.safetensors --prompt cat --init_image a.png --mask a.png", "--mask a.png white"),
+    "a picture that would be replaced": ("--ckpt smoke.safetensors --prompt cat --init_image generated/a.png",
+                                         "--init_image generated --out"),
+    "a film of one frame": ("--ckpt smoke.safetensors --prompt cat dog --interpolate 1", "--interpolate"),
+    "a text for a model of another": ("--ckpt smoke.safetensors --prompt cat --text clip", "--text tiny"),
+    "resume with a text of another": ("--resume ckpt.pt --text tower", "--text tower ckpt.pt"),
+    "no picture at all": ("--data empty", "empty 0 pictures"),
+    "captions that are lists of nothing": ("--data hollow", "hollow line 1 metadata.jsonl"),
+    "an npz with no captions in it": ("--data none.npz", "none.npz captions"),
     "no captions": ("--data silent", "silent a.txt metadata.jsonl"),
     "most without captions": ("--data sparse", "sparse caption"),
     "a damaged metadata.jsonl": ("--data torn", "torn line 2 metadata.jsonl"),
@@ -877,7 +1021,8 @@ def bad_files(prepared, tmp_path_factory):
     shutil.copy(prepared / "out/smoke/ckpt.pt", "ckpt.pt")
     tensors, about = mm.load_safetensors("smoke.safetensors")
     mm.save_safetensors(Path("other.safetensors"), tensors, {**about, "script": "latent_dit.py"})
-    picture("a.png")
+    picture("a.png", "black")
+    picture("generated/a.png")
     picture("mask.png", "white")
     picture("wide.png", "white", (48, 24))
     Path("prompts.txt").write_text("a cat")
@@ -889,13 +1034,17 @@ def bad_files(prepared, tmp_path_factory):
         mm.save_safetensors(Path(folder, "model.safetensors"), {"a": torch.zeros(2)}, {})
         Path(folder, "config.json").write_text("{}")
     write_vocabulary(Path("odd"))
-    for folder in ("silent", "sparse", "torn", "textless"):
+    for folder in ("silent", "sparse", "torn", "textless", "hollow"):
         for i in range(40):
             picture(f"{folder}/{i:03d}.png")
     Path("sparse/000.txt").write_text("the only one")
     Path("torn/metadata.jsonl").write_text('{"file_name": "000.png", "text": "a"}\n{"file_name": "00')
     Path("textless/metadata.jsonl").write_text('{"file_name": "000.png", "caption": "a"}\n')
+    Path("hollow/metadata.jsonl").write_text('{"file_name": "000.png", "text": []}\n')
+    if sys.version_info >= (3, 11):
+        clip_model("L", write_vocabulary(Path("tower"))).save_pretrained("tower", safe_serialization=True)
     images = np.zeros((40, 20, 20, 3), np.uint8)
+    np.savez("none.npz", images=images, captions=np.zeros((40, 0), "<U3"))
     np.savez("plain.npz", images=images)
     np.savez("short.npz", images=images, captions=["one"] * 39)
     os.chdir(here)
@@ -906,6 +1055,8 @@ def bad_files(prepared, tmp_path_factory):
 def test_wrong_input_gets_one_sentence(case, bad_files, monkeypatch, capsys):
     monkeypatch.chdir(bad_files)
     argv, words = BAD[case][0].split(), BAD[case][1].split()
+    if "tower" in argv and sys.version_info < (3, 11):
+        pytest.skip("the pinned transformers wants Python 3.11")
     extra = ["--device", "cpu"] if {"--resume", "--ckpt"} & set(argv) else SMALL
     try:
         status = run(*extra, *argv)
