@@ -221,6 +221,8 @@ def test_features_are_those_of_each_text_alone(clip_folders):
     third = mm.read_texts(reader, STRANGE, CPU, Path("data/cache/text.f16"))
     assert not calls and np.array_equal(third.rows, read.rows) and np.array_equal(third.pooled, read.pooled)
     del reader.tower.forward
+    Path("data/cache/text.f16").write_bytes(Path("data/cache/text.f16").read_bytes()[:100])  # cut off
+    assert np.array_equal(mm.read_texts(reader, STRANGE, CPU, Path("data/cache/text.f16")).rows, read.rows)
     assert read.too_long == sum(len(reader.tokenise(text)) > 77 for text in STRANGE) > 0
     for i, text in enumerate(STRANGE):
         ids = reader.tokenise(text)
@@ -380,6 +382,12 @@ def test_the_block_is_latent_dits_and_cross_attention():
         theirs.out_proj.bias.copy_(ours.proj.bias)
         expected = theirs(q, k, v, key_padding_mask=~mask, need_weights=False)[0]
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+        norm = lambda a: a / (a.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN(emb)[:, None].chunk(6, -1)
+        h = x + gate1 * block.attn(norm(x) * (1 + scale1) + shift1, positions)
+        h = h + ours(norm(h), txt, mask)
+        h = h + gate2 * block.mlp(norm(h) * (1 + scale2) + shift2)
+        torch.testing.assert_close(block(x, emb, positions, txt, mask), h)
         ours.proj.weight.zero_()
         ours.proj.bias.zero_()
         torch.testing.assert_close(block(x, emb, positions, txt, mask), plain(x, emb, positions))
@@ -917,6 +925,15 @@ def test_a_film_from_prompt_to_prompt(model, monkeypatch):
     assert abs(small[0] - small[2]).mean() > abs(small[0] - small[1]).mean() > 0
 
 
+def test_a_film_of_a_picture(model, prepared, monkeypatch):
+    frames = []
+    monkeypatch.setattr(mm, "save_gif", lambda path, f: frames.extend(f))
+    picture = prepared / "out/smoke/generated/000000.png"
+    assert run("--ckpt", model, "--device", "cpu", "--dtype", "fp32", "--out", "film", "--prompt", "a cat", "a dog",
+               "--interpolate", 3, "--sample", 1, "--init_image", picture, "--strength", 0) == 0
+    assert len(frames) == 3 and all(abs(f[20:].astype(int) - frames[0][20:]).max() <= 1 for f in frames)
+
+
 def test_texts_between_texts():
     """At both ends one text alone, however long the other is, and half-way each word with half of its weight."""
     model, t = randomise(small(patch=1)), torch.tensor([0.3, 0.3, 0.3])
@@ -973,6 +990,23 @@ def test_edited_settings(model, capsys):
         mm.save_safetensors(Path("edited.safetensors"), tensors, about | {"args": json.dumps(args)})
         assert run("--ckpt", "edited.safetensors", "--device", "cpu", "--prompt", "cat") == 2
         assert "edited.safetensors" in capsys.readouterr().err
+    for name in ("vae_key", "text_key"):
+        data = json.loads(about["data"]) | {name: "another"}
+        mm.save_safetensors(Path("edited.safetensors"), tensors, about | {"data": json.dumps(data)})
+        assert run("--ckpt", "edited.safetensors", "--device", "cpu", "--prompt", "cat") == 2
+        assert f"--{name[:-4]} tiny" in capsys.readouterr().err
+
+
+def test_what_training_says_of_its_captions(capsys):
+    """How many are cut, what is left out, and what the pictures of the log are told."""
+    captioned("set", 100)
+    for i in range(5):
+        Path(f"set/00{i}.txt").write_text(f"long {i} " * 40, encoding="utf-8")
+    Path("set/099.txt").unlink()
+    assert run(*SMALL, "--data", "set", "--steps", 1, "--no-flip") == 0
+    out = capsys.readouterr().out
+    assert "captions of more than 64 tokens, cut to that: 5" in out and "left out, because they cannot be used: 1" in out
+    assert "099.png: no caption" in out and "99 captions" in out
 
 
 # Wrong input
