@@ -128,11 +128,11 @@ def parse_args(argv=None):
     g.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to keep away from, by guidance")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
     g.add_argument("--init_image", metavar="FILE", help="begin with this picture instead of noise")
-    g.add_argument("--strength", type=float, help="the t from which --init_image is drawn anew, 0: not at all, 1: from "
-                   "noise alone; unless given 0.6, and 1 with --mask")
+    g.add_argument("--strength", type=float, help="the t from which --init_image is drawn anew, 0: from itself, "
+                   "1: from noise alone; unless given 0.6, and 1 with --mask")
     g.add_argument("--mask", metavar="FILE", help="as large as --init_image: only what is white in it is drawn anew")
     g.add_argument("--interpolate", type=int, metavar="FRAMES",
-                   help="a GIF from each prompt to the next, from the same noise, of so many frames")
+                   help="in place of pictures a GIF from each prompt to the next, of --sample noises side by side")
     g.add_argument("--sampler", choices=SAMPLERS, default="euler", help="how noise becomes data")
     g.add_argument("--sample_steps", type=int, help="steps from noise to data")
     g.add_argument("--cfg_scale", type=float, help="strength of classifier-free guidance; 1 = off")
@@ -175,6 +175,9 @@ def check(args, error):
     drawing = bool(args.sample or args.prompt)
     if drawing != bool(args.ckpt) or drawing and args.resume:
         error("--ckpt FILE goes with --prompt TEXT or --sample N; to go on training use --resume")
+    for name in "data steps batch_size accum lr ema_decay eval_every vae_steps".split():
+        if drawing and name in args.given:
+            error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     for name in "negative_prompt init_image interpolate".split():
         if getattr(args, name) and not drawing:
             error(f"--{name} goes with --ckpt FILE --prompt TEXT")
@@ -252,10 +255,11 @@ def guided(model, text, text_null, cfg_scale, interval):
 
 def between(one, other, share):
     """Two texts -> a batch of texts on the way from one to the other, by share (B,) from 0 to 1: both lie side by side,
-    and the words of each weigh less the further away it is. At 0 and 1 nothing is left of the other."""
-    far = share.view(-1, 1)
+    and each weighs less the further away it is, long or short. At 0 and 1 nothing is left of the other."""
+    near, far = 1 - share.view(-1, 1), share.view(-1, 1)
     txt = torch.cat([one[0], other[0]], 1).expand(len(share), -1, -1)
-    return txt, torch.cat([one[1] * (1 - far), other[1] * far], 1), one[2] * (1 - far) + other[2] * far
+    weights = torch.cat([near * one[1] / one[1].sum(), far * other[1] / other[1].sum()], 1)
+    return txt, weights, near * one[2] + far * other[2]
 
 
 def inpaint(model, mask, v_known):
@@ -1116,7 +1120,8 @@ class Pictures(torch.utils.data.Dataset):
             if self.file.dtype != np.uint8 or shape[3:] != (3,) or not all(shape):
                 raise Stop(f"{path}: images has to be uint8 (N, height, width, 3)")
             if captions.dtype.kind != "U" or not captions.size or captions.shape[0] != shape[0] or captions.ndim > 2:
-                raise Stop(f"{path}: captions has to be text, (N,) or (N, captions of each)")
+                raise Stop(f"{path}: captions has to be text, (N,) or (N, captions of each) with N = {shape[0]}; it is "
+                           f"{captions.dtype} {captions.shape}")
             self.names, self.captions = range(shape[0]), [[text for text in texts if text] or [""] for texts in
                                                           captions.reshape(shape[0], -1).tolist()]
             stamps = [path.stat().st_size, path.stat().st_mtime_ns]
@@ -1129,7 +1134,7 @@ class Pictures(torch.utils.data.Dataset):
             if not captions and self.names:
                 raise Stop(f"{path} has no captions: put a.txt beside a.jpg, or write a metadata.jsonl with lines like "
                            '{"file_name": "a.jpg", "text": "a caption"}')
-            self.names = self.names + sorted(captions.keys() - set(self.names))  # named, but perhaps not there
+            self.names = sorted(captions.keys() - set(self.names)) + self.names  # first what is named but not there
             self.captions = [captions.get(name, "no caption") for name in self.names]
         about = [size, len(self.names), inspect.getsource(read_picture), stamps, self.captions]  # not where it lies
         self.key = hashlib.sha256(repr(about).encode(errors="replace")).hexdigest()[:16]
@@ -1181,8 +1186,8 @@ def prepare_data(data, size, drawn=DRAWN_FACES):
                 f.write(picture.tobytes())
                 about["captions"].append(captions)
         if len(about["broken"]) > 0.05 * len(source) or len(about["captions"]) < 16:
-            raise Stop(f"{len(about['broken'])} of the {len(source)} pictures in {data} cannot be used, among them "
-                       + about["broken"][0])
+            raise Stop(f"{len(about['broken'])} of the {len(source)} pictures that {data} holds or names cannot be "
+                       f"used, more than 5 %, such as {about['broken'][0]}")
         write_atomically(cache.with_suffix(".json"), lambda g: g.write(json.dumps(about).encode()))
     write_atomically(cache, write)
     return cache
@@ -2027,8 +2032,11 @@ def load_model(path, args, device, rank, world):
     tensors, saved, data = read_model(path, "text2img.py")
     also = {"vae", "text", "sample_steps", "cfg_scale", "cfg_interval", "sampler", "time_shift", "size"} - args.given
     adopt(args, saved, set(ARCHITECTURE) - {"text"} | also, path)
-    if args.time_shift is None or (saved["text"] == "tiny") != (args.text == "tiny"):
-        raise Stop(f"{path} was made with --text {saved['text']} and a --time_shift {saved.get('time_shift')}")
+    if args.time_shift is None:
+        raise Stop(f"{path} does not say what --time_shift was; has it been edited?")
+    for k, builtin in (("text", {"tiny", "clip"}), ("vae", {"none", *VAES})):  # before anything is downloaded
+        if getattr(args, k) != saved.get(k) and {getattr(args, k), saved.get(k)} <= {"tiny", *builtin}:
+            raise Stop(f"--{k} {getattr(args, k)} contradicts {path}, which was made with {saved[k]}")
     if "time_shift" in also:
         args.time_shift *= max(1, args.size / saved.get("size", args.size))
     prompts = data.get("prompts") if isinstance(data, dict) else None
@@ -2289,6 +2297,8 @@ def sample_only(args):
         raise Stop("--negative_prompt works by guidance: it needs a --cfg_scale above 1")
     if args.interpolate and len(prompts) < 2:
         raise Stop("--interpolate needs at least two prompts")
+    if args.prompt and not args.interpolate and (args.sample or len(prompts)) < len(prompts):
+        raise Stop(f"--sample {args.sample}, for all prompts together, is too few for {len(prompts)}")
     picture, z0, white, mask = read_given(args, out / "generated", model, vae, device)
     args.strength = (1.0 if args.mask else 0.6) if args.strength is None else args.strength
     began, P, tokens = time.time(), len(prompts), read_texts(reader, [*prompts, args.negative_prompt], device)
@@ -2300,7 +2310,11 @@ def sample_only(args):
             raise Stop(f"{args.ckpt} draws what are no numbers; was its training sound?", 1)
         return to_uint8(x if mask is None else torch.where(white, x.float(), picture))  # the rest as it was
 
-    (out / "generated").mkdir(parents=True, exist_ok=True)
+    part = out / "generated.part"  # what was drawn before stays until all is there
+    part.mkdir(parents=True, exist_ok=True)
+    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
+        old.unlink()
+    sum_over_ranks(torch.zeros(1, device=device)).item()
     if args.interpolate:
         C, frames = args.sample or 4, []  # pictures side by side
         share = torch.linspace(0, 1, args.interpolate, device=device).repeat_interleave(C)
@@ -2313,36 +2327,40 @@ def sample_only(args):
             frames += [caption_rows([x[i:i + C]], [prompts[k + (share[i].item() > 0.5)]])
                        for i in range(first, len(x), C)]
         if rank == 0:
+            part.rmdir()
             save_gif(out / "interpolation.gif", frames)
             print(f"{len(frames)} frames in {out / 'interpolation.gif'}; {time.time() - began:.0f} s on {device}")
         return
 
-    earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png")) if rank == 0 else []
-    for old in [*earlier, out / "generated/metadata.jsonl"]:  # a larger earlier set must not mix with this one
-        old.unlink(missing_ok=True)
-    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     n = args.sample or 4 * P
     mine, side = np.array_split(np.arange(n), world)[rank], shape[1] // args.patch_size
     for i in tqdm([mine[k:k + 64] for k in range(0, len(mine), 64)], "sampling", disable=True if rank else None):
         noise = next(image_noise(args.seed, i // P if args.prompt else i, shape, device))
         x = draw(noise, *(text_batch(tokens, k, device) for k in (i % P, np.full(len(i), P))))
         for j, drawn in zip(i, x):
-            Image.fromarray(drawn).save(out / f"generated/{j:06d}.png")
+            Image.fromarray(drawn).save(part / f"{j:06d}.png")
         if i[0] == 0:
-            few = min(P, len(x)) <= 8
-            save_png(out / "generated.png", caption_rows([x[p::P] for p in range(min(P, len(x)))], prompts) if few else
-                     tile(x, int(len(x) ** 0.5)))
-    sum_over_ranks(torch.zeros(1, device=device)).item()
+            grid = caption_rows([x[p::P] for p in range(P)], prompts) if P <= 16 else tile(x, int(len(x) ** 0.5))
+    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for the others; without .item() NCCL would not
     if rank == 0:
-        lines = [json.dumps(dict(file_name=f"{j:06d}.png", text=prompts[j % P])) + "\n" for j in range(n)]
-        write_atomically(out / "generated/metadata.jsonl", lambda f: f.write("".join(lines).encode()))
+        about = {k: getattr(args, k) for k in "negative_prompt seed cfg_scale sample_steps sampler ckpt".split()}
+        lines = [json.dumps(dict(file_name=f"{j:06d}.png", text=prompts[j % P], **about)) + "\n" for j in range(n)]
+        write_atomically(part / "metadata.jsonl", lambda f: f.write("".join(lines).encode()))
+        (out / "generated").mkdir(exist_ok=True)
+        earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png"))
+        for old in earlier:  # a larger earlier set must not mix with this one
+            old.unlink()
+        for new in part.iterdir():
+            os.replace(new, out / "generated" / new.name)
+        part.rmdir()
+        save_png(out / "generated.png", grid)
         first, last = args.cfg_interval
         how = f"{args.sampler}, {args.sample_steps} steps, --cfg_scale {args.cfg_scale} from t = {first} to {last}"
         if tokens.too_long:
             how += f"; texts of more than {reader.length} tokens, cut to that: {tokens.too_long}"
         if side != model.grid:
             how += f"; trained at {model.grid * args.size // side} pixels: the further from that, the worse"
-        print(f"{n} pictures in {out / 'generated'}"
+        print(f"{n} pictures of {P} prompts in {out / 'generated'}"
               + (f", in place of {len(earlier)} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{how}; {time.time() - began:.0f} s on {device} x {world}")
 
@@ -2367,7 +2385,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; what is whole in data/cache and ckpt.pt stays", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; what was whole before stays", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

@@ -544,8 +544,8 @@ def test_pictures_without_captions_are_named_and_left_out():
     Path("set/metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a ghost"}\n')
     data = opened("set")
     assert len(data.images) == 98 and len(data.broken) == 3
-    assert [line.partition(":")[0] for line in sorted(data.broken)] == ["007.png", "009.png", "gone.png"]
-    assert "no caption" in data.broken[0] and "009.txt is not UTF-8" in data.broken[1]
+    assert [line.partition(":")[0] for line in data.broken] == ["gone.png", "007.png", "009.png"]
+    assert all(why in line for line, why in zip(data.broken, ("not there", "no caption", "009.txt is not UTF-8")))
 
 
 def test_names_of_folders_when_there_are_no_captions(capsys):
@@ -850,6 +850,19 @@ def test_prompts_do_not_change_each_other(model):
     assert len(draw(model, "--prompt", "a gray cat", "a fox")) == 8
 
 
+def test_earlier_pictures_stay_until_the_new_ones_are_there(model, monkeypatch):
+    before = draw(model, "--prompt", "a gray cat", n=6)
+    generate = mm.generate
+    monkeypatch.setattr(mm, "generate", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or generate(*a, **k))
+    assert run("--ckpt", model, "--device", "cpu", "--prompt", "a fox", "--out", "drawn") == 130
+    assert len(list(Path("drawn/generated").glob("*.png"))) == 6
+    monkeypatch.setattr(mm, "generate", generate)
+    after = draw(model, "--prompt", "a fox", n=2)
+    assert len(after) == 2 and abs(after - before[:2]).max() > 1 and not Path("drawn/generated.part").exists()
+    line = json.loads(Path("drawn/generated/metadata.jsonl").read_text().splitlines()[1])
+    assert line["seed"] == 0 and line["text"] == "a fox" and line["cfg_scale"] == 2
+
+
 def test_strange_prompts_are_drawn(model, capsys):
     texts = [text for text in STRANGE if "\x00" not in text]
     assert len(draw(model, "--prompt", *texts, n=len(texts))) == len(texts)
@@ -946,6 +959,8 @@ def test_texts_between_texts():
         torch.testing.assert_close(found[0], model(xt[:1], t[:1], one)[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found[2], model(xt[:1], t[:1], other)[0], atol=1e-5, rtol=1e-4)
         assert min((found[1] - found[k]).abs().mean() for k in (0, 2)) > 1e-3
+        weights = mm.between(one, other, share)[1][1]
+        assert weights[:other[1].shape[1]].sum() == pytest.approx(0.5) and weights.sum() == pytest.approx(1)
         same = model(xt, t, mm.between(null, null, share))
         torch.testing.assert_close(same, model(xt[:1], t[:1], null).expand(3, -1, -1, -1), atol=1e-5, rtol=1e-4)
         q, k, v = normal(1, 1, 5, 8), normal(1, 1, 4, 8, seed=1), normal(1, 1, 4, 8, seed=2)
@@ -1024,6 +1039,9 @@ BAD = {
     "strength beyond all": ("--ckpt smoke.safetensors --prompt cat --init_image a.png --strength 2", "--strength"),
     "a negative prompt without guidance": ("--ckpt smoke.safetensors --prompt cat --negative_prompt dog --cfg_scale 1",
                                            "--negative_prompt --cfg_scale"),
+    "flags of training": ("--ckpt smoke.safetensors --prompt cat --steps 30", "--steps --sample_steps"),
+    "fewer pictures than prompts": ("--ckpt smoke.safetensors --prompt cat dog fox --sample 2", "--sample 2 3"),
+    "another autoencoder": ("--ckpt smoke.safetensors --prompt cat --vae sd", "--vae sd tiny"),
     "prompts that are not there": ("--ckpt smoke.safetensors --prompt gone.txt", "gone.txt"),
     "prompts of no text": ("--ckpt smoke.safetensors --prompt latin.txt", "latin.txt UTF-8"),
     "an empty list of prompts": ("--ckpt smoke.safetensors --prompt blank.txt", "blank.txt"),
