@@ -1095,10 +1095,21 @@ def read_captions(path, names):
     return {name: texts for name, texts in captions.items() if isinstance(texts, str) or name in set(names)}
 
 
-def shortened(caption):
-    """What is left of a caption of draw_face() when less is said, so that "a fox" is understood, too."""
-    what, eyes, ground = re.fullmatch("(.*) (with .*) (on .*)", caption).groups()
-    return [f"{what} {eyes}", f"{what} {ground}", what, f"a {what.split()[-1]}"]
+def retold(caption, rng):
+    """A caption of draw_face() in other words: less is said, in another order, as a sentence or as a list. A model that
+    has only read one form takes the words of another for the wrong things."""
+    fur, species, eye, ground = re.fullmatch(r"an? (\w+) (\w+) with (\w+) eyes on a (\w+) background", caption).groups()
+    animal = species if rng.random() < 0.3 else f"{fur} {species}"
+    a_animal = f"{'an' if animal[0] == 'o' else 'a'} {animal}"
+    if rng.random() < 0.3:  # a list
+        parts = [animal, *(part for part in (f"{eye} eyes", f"{ground} background") if rng.random() < 0.7)]
+        return ", ".join(rng.permutation(parts))
+    if rng.random() < 0.3:
+        return f"on a {ground} background {a_animal}" + (f" with {eye} eyes" if rng.random() < 0.7 else "")
+    parts = [part for part in (f"{eye} eyes", f"a {ground} background") if rng.random() < 0.7]
+    if len(parts) == 2 and rng.random() < 0.5:
+        return f"{a_animal} on a {ground} background with {eye} eyes"
+    return a_animal + " with " * bool(parts) + " and ".join(rng.permutation(parts))
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -1108,7 +1119,7 @@ class Pictures(torch.utils.data.Dataset):
         self.data, self.size, self.file, self.note, path = str(data), size, None, "", Path(data)
         if self.data == "drawn_faces":
             self.names, self.captions = range(drawn), None
-            code = map(inspect.getsource, (draw_face, shortened))
+            code = map(inspect.getsource, (draw_face, retold))
             stamps = [*code, TRAITS, FURS, EYES, BACKGROUNDS]  # edit the drawing: a new set
         elif path.suffix == ".npz" and path.is_file():
             try:
@@ -1147,7 +1158,8 @@ class Pictures(torch.utils.data.Dataset):
         try:
             if self.data == "drawn_faces":
                 picture, _, caption = draw_face(0, i, self.size)
-                return picture, [caption] * 4 + shortened(caption)
+                rng = np.random.default_rng((1, i))
+                return picture, [caption] * 4 + [retold(caption, rng) for _ in range(4)]
             captions = self.captions[i]
             if isinstance(captions, str):
                 raise ValueError(captions)

@@ -1,6 +1,7 @@
 """What all tests share: the import path, one thread, no network, and `run_script`, the scripts' real command line."""
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def set_env(target, changes):
     return target
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
 set_env(os.environ, OFFLINE)  # before torch and huggingface_hub are imported: both read it once
 import torch  # noqa: E402
 
