@@ -557,6 +557,16 @@ def test_pictures_without_captions_are_named_and_left_out():
     assert all(why in line for line, why in zip(data.broken, ("not there", "no caption", "009.txt is not UTF-8")))
 
 
+def test_a_twentieth_may_be_left_out():
+    captioned("set", 100)
+    for i in range(5):
+        Path(f"set/00{i}.txt").unlink()
+    assert len(opened("set").broken) == 5
+    Path("set/005.txt").unlink()
+    with pytest.raises(mm.Stop, match="6 of the 100 .* more than 5 %"):
+        opened("set")
+
+
 def test_names_of_folders_when_there_are_no_captions(capsys):
     for i in range(20):
         picture(f"set/gray_cat/{i}.png")
@@ -583,6 +593,10 @@ def test_what_is_held_out():
     np.savez("often.npz", images=images, captions=captions)
     data = opened("often.npz")  # neither the frequent caption nor the empty one is held out
     assert len(data.train) == n - 50 and all(data.texts[data.text_of[i][0]].startswith("cat ") for i in data.val)
+    captions = [f"often {i % 30}" if i < 3800 else f"cat {i}" for i in range(n)]  # 126 pictures of each of 30
+    np.savez("thirty.npz", images=images, captions=captions)
+    data = opened("thirty.npz")
+    assert len(data.train) == n - 20 and all(data.texts[data.text_of[i][0]].startswith("cat ") for i in data.val)
     np.savez("two.npz", images=images, captions=[[f"number {i % 200}", f"number {(i + 1) % 200}"] for i in range(n)])
     data = opened("two.npz")
     held = {data.text_of[i][0] for i in data.val}
