@@ -87,7 +87,7 @@ def parse_args(argv=None):
                    help="decay of the averaged weights, the ones that are sampled from")
     g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
     g = p.add_argument_group("sampling")
-    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
+    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--oracle", action=flag, default=False, help="train nothing, sample with the truth in closed form")
     g.add_argument("--sampler", choices=SAMPLERS, default="midpoint", help="how noise becomes data")

@@ -119,7 +119,7 @@ def parse_args(argv=None):
     g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
     g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
     g = p.add_argument_group("sampling")
-    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
+    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--input", metavar="FOLDER", help="with --sample: the pictures to start from")
     g.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="how noise becomes data")

@@ -125,7 +125,7 @@ def parse_args(argv=None):
     g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
     g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
     g = p.add_argument_group("sampling")
-    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
+    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--label", metavar="CLASS", help="draw this class alone, its name or number; else all in turn")
     g.add_argument("--sampler", choices=SAMPLERS, default="euler", help="how noise becomes data")

@@ -8,9 +8,9 @@
     python text2img.py --data my_photos --size 256 --vae sd --text clip --model M --patch_size 2     # with captions
     torchrun --nproc_per_node=8 text2img.py --preset gpu --data my_photos.zip
 
-Expected, first line: 534 to 654 s on two cores (shared AMD EPYC with bf16, torch 2.13.0), 140 s of them for the
-autoencoder and the latents; loss 0.298, val_loss 0.298; of 200 faces all have species, fur, eyes and background as told
-(README.md). GPU: not measured yet.
+Expected, first line: 1,038 s on two cores of a shared Intel Xeon (torch 2.13.0), 312 s of them for the autoencoder and
+the latents; two cores of an AMD EPYC train nearly twice as fast. Loss 0.313, val_loss 0.314; of 200 faces 199 have
+species, fur, eyes and background as told (README.md). GPU: not measured yet.
 Writes out/text2img/: ckpt.pt, model.safetensors, log.jsonl, loss.png, samples/, reconstruction.png, forward.png,
 guidance.png, reverse.gif, training.gif; with --ckpt generated/, generated.png or interpolation.gif beside that file;
 latents, the autoencoder that it trained and what CLIP reads in the captions in data/cache. A new run renames the first
@@ -65,8 +65,8 @@ from tqdm import tqdm
 
 SIZES = {"tiny": (6, 192, 3), "S": (12, 384, 6), "M": (12, 640, 10), "B": (12, 768, 12), "L": (24, 1024, 16)}
 PRESETS = {  # SIZES: blocks, width, heads
-    "cpu": dict(size=64, vae="tiny", vae_steps=3000, text="tiny", model="tiny", patch_size=1, steps=1150, batch_size=64,
-                lr=1e-3, ema_decay=0.999, eval_every=400, sample_steps=50, cfg_scale=1.5, compile=False),
+    "cpu": dict(size=64, vae="tiny", vae_steps=3000, text="tiny", model="tiny", patch_size=1, steps=1000, batch_size=64,
+                lr=1e-3, ema_decay=0.999, eval_every=500, sample_steps=50, cfg_scale=1.5, compile=False),
     "gpu": dict(size=256, vae="sd", vae_steps=10_000, text="clip", model="M", patch_size=2, steps=300_000,
                 batch_size=256, accum=2, lr=3e-4, ema_decay=0.9999, eval_every=5000, sample_steps=50, cfg_scale=4.0,
                 compile=True),
@@ -126,7 +126,7 @@ def parse_args(argv=None):
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw; several, or a .txt file with one a line")
     g.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to keep away from, by guidance")
-    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples from --ckpt")
+    g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--init_image", metavar="FILE", help="begin with this picture instead of noise")
     g.add_argument("--strength", type=float, help="the t from which --init_image is drawn anew, 0: from itself, "
                    "1: from noise alone; unless given 0.6, and 1 with --mask")
@@ -599,8 +599,9 @@ def find_text(name):
 
 
 def read_text_files(weights, config, vocab, merges=None):
-    """Files of Hugging Face -> the tokenizer and the text tower. Raises Stop."""
-    tensors = {k.removeprefix("text_model."): v.float() for k, v in load_safetensors(weights)[0].items()
+    """Files of Hugging Face, the weights in one or in a list -> the tokenizer and the text tower. Raises Stop."""
+    files = weights if isinstance(weights, list) else [weights]
+    tensors = {k.removeprefix("text_model."): v.float() for file in files for k, v in load_safetensors(file)[0].items()
                if not k.startswith(("vision_model.", "visual_projection.", "logit_scale"))
                and not k.endswith("position_ids")}
     try:
@@ -621,14 +622,14 @@ def read_text_files(weights, config, vocab, merges=None):
                          len(tensors["encoder.layers.0.mlp.fc1.bias"]), depth, about["num_attention_heads"],
                          {"gelu": F.gelu, "quick_gelu": quick_gelu}[about["hidden_act"]],
                          len(tensors.get("text_projection.weight", ())))
-        load_weights(tower, tensors, weights)
+        load_weights(tower, tensors, files[0])
         bpe = BPE(words, pairs)
         tower(torch.tensor([bpe("a cat"), [max(words.values())] * len(bpe("a cat"))]))  # or it fails after long work
         return bpe, tower
     except OSError as e:
         raise Stop(f"cannot read {e.filename}: {e.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as e:
-        raise Stop(f"{weights} with {config.name} and {vocab.name} is no text tower of CLIP: {e!r}")
+        raise Stop(f"{files[0]} with {config.name} and {vocab.name} is no text tower of CLIP: {e!r}")
 
 
 def load_reader(args, rank, world):

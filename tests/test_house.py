@@ -66,6 +66,9 @@ ALLOWED_TO_DIFFER = {
     "Pictures": "labels or captions",
     "prepare_data": "labels or captions",
     "open_data": "labels or captions; whole captions are held out",
+    "FURS": "the animal that finetune_lora.py teaches is white",
+    "TRAITS": "the animal that finetune_lora.py teaches",
+    "restore": "of a LoRA its matrices alone",
 }
 
 
@@ -217,6 +220,7 @@ def test_sections(script):
     tree, lines = ast.parse(read(script)), read(script).splitlines()
     first = {n.name: n.lineno for n in reversed(tree.body) if isinstance(n, ast.FunctionDef)}
     models = [n.lineno for n in tree.body if isinstance(n, ast.ClassDef)
+              and n.name not in ("LoRA", "Adapted", "Quantised")  # the method of finetune_lora.py
               and any(ast.unparse(b).split(".")[-1] == "Module" for b in n.bases)]
     assert "parse_args" in first and "main" in first
     assert first["parse_args"] == min(first.values()), "parse_args is the first function"

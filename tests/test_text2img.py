@@ -411,14 +411,16 @@ def test_the_gpu_preset_has_about_100_million_weights():
 
 
 def test_recomputed_activations_give_the_same_gradients():
-    grads = []
+    grads, calls = [], []
     for again in (False, True):
         model = randomise(small(grad_checkpoint=again)).train()
+        model.blocks[0].register_forward_pre_hook(lambda *args: calls.append(len(grads)))
         mm.loss_fn(model, normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1), torch.tensor([0.2, 0.7]),
                    tiny_text("a cat", "")).mean().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+    assert calls == [0, 1, 1]  # the second time on the way back
 
 
 @pytest.mark.parametrize("sampler", mm.SAMPLERS)
@@ -834,6 +836,17 @@ def test_a_run_with_clip(cached, clip_folders, capsys):
     capsys.readouterr()
     assert run(*told, "--text", clip_folders["L"][0] / "text_encoder") == 2
     assert "--text" in capsys.readouterr().err
+
+
+@needs_transformers
+def test_captions_of_equal_length_are_read_anew(clip_folders):
+    """The cache of features goes by what the captions say, and not by their number and lengths alone."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    for i, animal in enumerate(("cat", "dog")):
+        np.savez("set.npz", images=images, captions=np.array([f"a {animal}"] * 20))
+        assert run(*SMALL, "--data", "set.npz", "--text", clip_folders["L"][0] / "text_encoder", "--vae", "none",
+                   "--patch_size", 8, "--sample_steps", 1) == 0
+        assert len(list(Path("data/cache").glob("text-*.f16"))) == i + 1
 
 
 # Drawing
