@@ -55,14 +55,14 @@ from tqdm import tqdm
 
 DEFAULT_BASE = "out/text2img/model.safetensors"
 PRESETS = {
-    "text2img": dict(size=64, rank=16, targets=["attn", "ff", "text"], steps=300, batch_size=16, lr=1e-3,
-                     eval_every=100, sampler="euler", sample_steps=50, cfg_scale=1.5),
+    "text2img": dict(size=64, rank=16, targets=["attn", "ff", "text"], steps=150, batch_size=16, lr=1e-3,
+                     eval_every=50, sampler="euler", sample_steps=50, cfg_scale=1.5, class_images=48),
     "sd": dict(size=512, rank=16, targets=["attn"], steps=1000, batch_size=2, lr=1e-4, eval_every=250,
-               sampler="dpmpp_2m", sample_steps=25, cfg_scale=7.5),
+               sampler="dpmpp_2m", sample_steps=25, cfg_scale=7.5, class_images=100),
     "sdxl": dict(size=1024, rank=16, targets=["attn"], steps=1000, batch_size=1, lr=1e-4, eval_every=250,
-                 sampler="euler", sample_steps=30, cfg_scale=5.0),
+                 sampler="euler", sample_steps=30, cfg_scale=5.0, class_images=100),
     "flux": dict(size=512, rank=16, targets=["attn"], steps=1000, batch_size=1, lr=1e-4, eval_every=250,
-                 sampler="euler", sample_steps=28, cfg_scale=3.5),
+                 sampler="euler", sample_steps=28, cfg_scale=3.5, class_images=100),
 }
 SAMPLERS = ["euler", "ddim", "dpmpp_2m"]
 TARGET_NAMES = {  # patterns of the names of the layers
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     g.add_argument("--instance_prompt", metavar="TEXT", help="the caption of all pictures, in place of their own")
     g.add_argument("--class_prompt", nargs="+", metavar="TEXT", help="prior preservation: half of each batch are "
                    "pictures that the base itself draws of these, so that it does not forget them; or a .txt file")
-    g.add_argument("--class_images", type=int, default=100, help="how many of these it draws first, once")
+    g.add_argument("--class_images", type=int, help="how many of these it draws first, once; 0 = off")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
     g = p.add_argument_group("LoRA")
@@ -135,6 +135,10 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="arithmetic of the network; its weights are always fp32")
+    g.add_argument("--smoke", action=flag, default=False, help="two steps of a tiny model, then reload it and sample")
+    if "--smoke" in argv:
+        p.set_defaults(base="out/smoke_lora/base.safetensors", out="out/smoke_lora", steps=2, eval_every=1, class_images=4,
+                       rank=2, sample_steps=2)
     args = p.parse_args(argv)
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
     check(args, p.error)
@@ -143,9 +147,11 @@ def parse_args(argv=None):
 
 def check(args, error):
     """Calls error(sentence) for settings that cannot be, given by hand or found in a checkpoint."""
-    for name in "size class_images rank steps batch_size accum eval_every sample sample_steps".split():
+    for name in "size rank steps batch_size accum eval_every sample sample_steps".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             error(f"--{name} has to be at least 1")
+    if args.class_images is not None and args.class_images < 0:
+        error("--class_images is 0 for none, or more")
     for name, top in dict(lr=1, ema_decay=1, lora_dropout=0.999, alpha=2 ** 31, min_snr=2 ** 31, cfg_scale=2 ** 31,
                           seed=2 ** 63).items():
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= top:
@@ -2728,13 +2734,26 @@ def begin_log(out, start, resumed):
     return records
 
 
+def save_random_base(path):
+    """--smoke: a model.safetensors as of text2img.py, of random weights."""
+    torch.manual_seed(0)
+    vae, D = TinyVAE(), TINY["D"]
+    tensors = DiT(vae.channels, 1, "tiny", D, D, CLIPText(**TINY)).state_dict()
+    about = dict(vae_key=fingerprint(vae), text_key="tiny", prompts=["a cat", "a dog"])
+    settings = dict(size=32, text="tiny", vae="tiny", model="tiny", patch_size=1, time_shift=1.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_safetensors(path, tensors | {f"vae.{k}": v for k, v in vae.state_dict().items()}, dict(
+        format="pt", script="text2img.py", kind="text2img", args=json.dumps(settings), data=json.dumps(about)))
+
+
 def open_base(args, rank, world, device):
     """The base that --base names; args take over what its kind needs and was not given. Raises Stop."""
     files = on_each_node(functools.partial(find_base, args.base), rank, world)[int(os.environ.get("GROUP_RANK", 0))]
     kind = next(k for k in PRESETS if k in files)
+    saved = read_model(files["text2img"][0], "text2img.py")[1] if kind == "text2img" else {}
     for k, v in PRESETS[kind].items():
         if getattr(args, k) is None:
-            setattr(args, k, v)
+            setattr(args, k, saved.get(k, v) if k in ("size", "sample_steps", "cfg_scale") else v)
     dtype = pick_dtype(args.dtype, device) if kind != "text2img" else torch.float32
     try:
         base = {"text2img": Text2Img, "flux": FluxBase}.get(kind, StableDiffusion)(files, args, device, dtype)
@@ -2900,6 +2919,9 @@ def train(args):
     shown = list(dict.fromkeys(shown))[:4]
     number = {t: k for k, t in enumerate(dict.fromkeys([t for texts in captions for t in texts] + shown))}
     kept = read_prompts(args.class_prompt) if args.class_prompt else []
+    if args.data == "drawn_pandas" and base.kind == "text2img":
+        kept = kept or base.prompts  # what it can draw, and should go on drawing
+    kept = kept[:args.class_images]
     with amp():
         text = base.prepare([*number, *kept, args.negative_prompt])
     if base.too_long:
@@ -3119,10 +3141,15 @@ def main(argv=None):
     sentence, code = None, 0
     try:
         args = parse_args(argv)
+        if args.smoke and not args.sample and args.base == "out/smoke_lora/base.safetensors":
+            save_random_base(Path(args.base))
         if args.sample:
             sample_only(args)
         else:
             train(args)
+            if args.smoke:
+                again = ["--smoke", "--sample", "4", "--lora", f"{args.out}/lora.safetensors", "--prompt", "a panda"]
+                sample_only(parse_args(again + ["--base", args.base, "--out", args.out, "--device", args.device]))
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:

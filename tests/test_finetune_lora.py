@@ -1,5 +1,6 @@
 """finetune_lora.py: every network, tokenizer and sampler against diffusers, transformers, sentencepiece and peft, on small
 random checkpoints that are built here, and the command line."""
+import contextlib
 import json
 import math
 import os
@@ -692,3 +693,130 @@ def test_the_loss_goes_down(pipelines):
                "--batch_size", 8) == 0
     losses = [json.loads(line)["loss"] for line in Path("out/finetune_lora/log.jsonl").read_text().splitlines()]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+# Wrong input
+
+
+def without(name):
+    def change(folder):
+        (folder / name).unlink()
+    return change
+
+
+def edited(name, **changes):
+    def change(folder):
+        about = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**about, **changes}))
+    return change
+
+
+def cut(name):
+    def change(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+    return change
+
+
+BROKEN = {
+    "no network": (without("unet/diffusion_pytorch_model.safetensors"), "unet/diffusion_pytorch_model.safetensors"),
+    "no autoencoder": (without("vae/config.json"), "vae/config.json"),
+    "no vocabulary": (lambda folder: [file.unlink() for file in (folder / "tokenizer").glob("*o*a*.json")],
+                      "tokenizer/tokenizer.json or tokenizer/vocab.json"),
+    "no scheduler": (without("scheduler/scheduler_config.json"), "scheduler/scheduler_config.json"),
+    "no index": (without("model_index.json"), "model_index.json"),
+    "cut weights": (cut("unet/diffusion_pytorch_model.safetensors"), "not a whole .safetensors"),
+    "cut text encoder": (cut("text_encoder/model.safetensors"), "not a whole .safetensors"),
+    "another pipeline": (edited("model_index.json", _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline"),
+    "other widths": (edited("unet/config.json", block_out_channels=[16, 24, 32, 40]), "another architecture"),
+    "a strange schedule": (edited("scheduler/scheduler_config.json", beta_schedule="cosine"), "cosine"),
+    "no widths": (edited("unet/config.json", block_out_channels=None), "config.json"),
+    "not JSON": (lambda folder: (folder / "unet/config.json").write_text("{"), "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_base_gets_one_sentence(case, pipelines, tmp_path, capsys):
+    import shutil
+    folder, _ = pipelines("sd")
+    shutil.copytree(folder, tmp_path / "base")
+    change, said = BROKEN[case]
+    change(tmp_path / "base")
+    photographs()
+    assert run("--base", "base", "--data", "dog", "--instance_prompt", "x", *FEW) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in err and err.startswith("finetune_lora.py: ")
+    assert not Path("out/finetune_lora/lora.safetensors").exists()
+
+
+WRONG = {
+    "no base": (["--base", "nowhere"], "nowhere does not exist"),
+    "the default base": ([], "python text2img.py makes it"),
+    "no captions": (["--data", "dog"], "no caption"),
+    "no pictures": (["--data", "empty", "--instance_prompt", "x"], "0 pictures"),
+    "no data": (["--data", "nowhere"], "does not exist"),
+    "a high rank": (["--rank", "33"], "--rank 33"),
+    "no such layer": (["--targets", "attn", "nonsense"], "--targets nonsense"),
+    "no expression": (["--targets", "("], "no regular expression"),
+    "size": (["--size", "60"], "multiple of 64"),
+    "prompt": (["--sample", "2"], "--prompt"),
+    "few samples": (["--sample", "1", "--prompt", "a", "b"], "too few"),
+    "no lora": (["--sample", "2", "--prompt", "a", "--lora", "nothing.safetensors:0.5"], "nothing.safetensors"),
+    "no weight": (["--sample", "2", "--prompt", "a", "--lora", "nothing.safetensors:much"], "'much' is no weight"),
+    "no file": (["--sample", "2", "--prompt", "a", "--lora", "dog/0.png"], "not a whole .safetensors"),
+    "two to train": (["--lora", "a", "b"], "several --lora"),
+    "no checkpoint": (["--resume", "nothing.pt"], "nothing.pt"),
+    "a text2img tool's format": (["--sampler", "heun"], "invalid choice"),
+    "a file as folder": (["--out", "dog/0.png"], "is a file"),
+    "batch": (["--batch_size", "3", "--accum", "2"], "--batch_size 3"),
+    "dropout": (["--lora_dropout", "1"], "--lora_dropout"),
+    "an empty prompt file": (["--prompt", "empty.txt"], "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_one_sentence(case, pipelines, capsys, monkeypatch):
+    folder, _ = pipelines("sd")
+    photographs()
+    Path("empty").mkdir()
+    Path("empty.txt").write_text("")
+    flags, said = WRONG[case]
+    base = [] if case == "the default base" or "--base" in flags else ["--base", folder]
+    data = [] if "--data" in flags else ["--data", "dog", "--instance_prompt", "x"]
+    with pytest.raises(SystemExit) if said == "invalid choice" else contextlib.nullcontext():
+        try:
+            code = run(*base, *data, *FEW, *flags)
+        except SystemExit as e:
+            code = e.code
+            if said == "invalid choice":
+                raise
+        assert code == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def lora_for(kind, pipelines, path="lora.safetensors"):
+    folder, _ = pipelines(kind)
+    base = open_base(folder, "--rank", 2)
+    made = mm.attach(base, dict.fromkeys(mm.target_layers(base, ["attn"])), base.args, [base.trained])
+    mm.write_lora(Path(path), base, made, "diffusers", dict(format="pt"))
+    return mm.load_safetensors(path)[0]
+
+
+@pytest.mark.parametrize("theirs, ours, said", [("dev", "sd", "a LoRA for FLUX.1, and the base is SD 1.5"),
+                                                ("sd", "dev", "the base is FLUX.1"), ("sd", "sdxl", "the base is SDXL")])
+def test_a_lora_of_another_base(theirs, ours, said, pipelines, capsys):
+    lora_for(theirs, pipelines)
+    folder, _ = pipelines(ours)
+    assert run("--base", folder, "--size", 64, "--sample", 1, "--prompt", "x", "--lora", "lora.safetensors") == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["unet.mid_block.nothing.lora_A.weight", "lora_unet_nothing.lora_down.weight",
+                                 "unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "hello"])
+def test_keys_that_fit_nothing_are_never_left_out(key, pipelines, capsys):
+    state = lora_for("sd", pipelines)
+    mm.save_safetensors(Path("more.safetensors"), {**state, key: torch.zeros(2, 3)}, {})
+    mm.save_safetensors(Path("half.safetensors"), dict(list(state.items())[1:]), {})
+    folder, _ = pipelines("sd")
+    for file, said in (("more", key), ("half", "lora_B" if "lora_A" in list(state)[0] else "lora_A")):
+        assert run("--base", folder, "--size", 64, "--sample", 1, "--prompt", "x", "--lora", f"{file}.safetensors") == 2
+        assert (said if file == "more" else "1 of its") in capsys.readouterr().err
