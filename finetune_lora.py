@@ -137,8 +137,8 @@ def parse_args(argv=None):
                    help="arithmetic of the network; its weights are always fp32")
     g.add_argument("--smoke", action=flag, default=False, help="two steps of a tiny model, then reload it and sample")
     if "--smoke" in argv:
-        p.set_defaults(base="out/smoke_lora/base.safetensors", out="out/smoke_lora", steps=2, eval_every=1, class_images=4,
-                       rank=2, sample_steps=2)
+        p.set_defaults(base="out/smoke_lora/base.safetensors", out="out/smoke_lora", steps=2, eval_every=1,
+                       class_images=4, rank=2, sample_steps=2)
     args = p.parse_args(argv)
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
     check(args, p.error)

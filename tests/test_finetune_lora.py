@@ -720,7 +720,7 @@ def cut(name):
 BROKEN = {
     "no network": (without("unet/diffusion_pytorch_model.safetensors"), "unet/diffusion_pytorch_model.safetensors"),
     "no autoencoder": (without("vae/config.json"), "vae/config.json"),
-    "no vocabulary": (lambda folder: [file.unlink() for file in (folder / "tokenizer").glob("*o*a*.json")],
+    "no vocabulary": (lambda folder: [(folder / "tokenizer" / file).unlink() for file in ("vocab.json", "tokenizer.json")],
                       "tokenizer/tokenizer.json or tokenizer/vocab.json"),
     "no scheduler": (without("scheduler/scheduler_config.json"), "scheduler/scheduler_config.json"),
     "no index": (without("model_index.json"), "model_index.json"),
