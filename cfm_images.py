@@ -141,7 +141,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="arithmetic of the network; its weights are always fp32")
+                   help="arithmetic of the network; what is trained is always fp32")
     g.add_argument("--compile", action=flag, help="torch.compile the network")
     g.add_argument("--smoke", action=flag, default=False, help="two steps of a tiny model, then reload it and sample")
     p.set_defaults(**PRESETS["smoke" if known.smoke else preset if preset in PRESETS else "cpu"])

@@ -9,6 +9,7 @@
     python tests/bench.py --parts prompts    # how often text2img.py draws what it is told
     python tests/bench.py --parts fid    # fid.py beside torch-fidelity, pytorch-fid and clean-fid; a quarter of an hour
     python tests/bench.py --parts dit    # latent_dit.py beside diffusers' transformer, and by tokens and processes
+    python tests/bench.py --parts lora   # finetune_lora.py: a step beside diffusers and peft; what a new animal costs
     python tests/bench.py --parts nfe    # quality by calls of the network, of the models that it finds in out/
 
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
@@ -47,6 +48,7 @@ import cfm_images  # noqa: E402
 import ddpm_2d  # noqa: E402
 import ddpm_images as d  # noqa: E402
 import fid  # noqa: E402
+import finetune_lora  # noqa: E402
 import latent_dit  # noqa: E402
 
 
@@ -143,11 +145,11 @@ def seconds(step, device, n=1):
     return (time.perf_counter() - began) / n
 
 
-def memory(*case):
+def memory(make, *case):
     """GiB, in a fresh process. On a GPU the peak of what torch allocated; on the CPU, by how much two steps lift the
     peak of the resident set above what it was before them. nan where there is no /proc."""
     torch.set_num_threads(THREADS)
-    (step, *_), device, status = build(*case), case[-1], Path("/proc/self/status")
+    (step, *_), device, status = make(*case), case[-1], Path("/proc/self/status")
 
     def resident(field):  # not getrusage: on Linux ru_maxrss of a child starts at the peak of its parent
         return int(status.read_text().split(field)[1].split()[0]) / 2 ** 20 if status.exists() else math.nan
@@ -173,7 +175,7 @@ def part_step(args):
                 times[who].append(seconds(step, args.device, max(1, min(20, round(2 / took)))))
         for who, (_, _, case, (batch, n, about)) in best.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                used[who] = fresh.submit(memory, *case).result()
+                used[who] = fresh.submit(memory, build, *case).result()
             text[who] = (f"{batch / statistics.median(times[who]):.1f} images/s, {used[who]:.2f} GiB; "
                          f"{n / 1e6:.2f}M parameters, {about}")
         ratios = [b / a for a, b in zip(times["ours"], times[peer])]
@@ -820,12 +822,164 @@ def part_dit(args):
     table(["processes", "speed"], rows)
 
 
+# -----------------------------------------------------------------------------
+# Part lora: a training step beside diffusers with peft, on a CPU with small networks of the same make, on a GPU with
+# those of SD 1.5, SDXL and FLUX.1-dev, all of random weights; and how well a model knows what it was taught.
+
+PEER = "diffusers + peft"
+SD = dict(in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=32, cross_attention_dim=768,
+          attention_head_dim=8, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+          up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
+XL = dict(in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=32, cross_attention_dim=2048,
+          attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10], use_linear_projection=True,
+          down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+          up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], addition_embed_type="text_time",
+          addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, block_out_channels=[320, 640, 1280])
+FLUX = dict(in_channels=64, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+            axes_dims_rope=(16, 56, 56), attention_head_dim=128)
+LORA_CASES = {  # name: configuration, side of the latents, batch, tokens of text, kinds of frozen weights
+    "cpu": {"UNet, a fifth as wide as SD 1.5's": (SD | dict(block_out_channels=[64, 128, 256, 256]), 32, 2, 77,
+                                                 ("fp32", "bf16", "int8", "nf4")),
+            "FLUX, 2 + 4 blocks of width 512": (FLUX | dict(num_layers=2, num_single_layers=4, num_attention_heads=4),
+                                                32, 1, 128, ("fp32", "bf16", "int8", "nf4"))},
+    "cuda": {"SD 1.5, 512 pixels": (SD | dict(block_out_channels=[320, 640, 1280, 1280]), 64, 1, 77, ("bf16",)),
+             "SDXL, 1024 pixels": (XL, 128, 1, 77, ("bf16", "nf4")),
+             "FLUX.1-dev, 512 pixels": (FLUX | dict(num_layers=19, num_single_layers=38, num_attention_heads=24), 64, 1,
+                                        512, ("bf16", "int8", "nf4")),
+             "FLUX.1-dev, 1024 pixels": (FLUX | dict(num_layers=19, num_single_layers=38, num_attention_heads=24), 128,
+                                         1, 512, ("bf16", "int8", "nf4"))}}
+
+
+def lora_step(who, name, weights, device):
+    """-> a training step of a LoRA of rank 16 in all attention, with recomputed activations on a GPU; the network."""
+    config, side, B, L, _ = LORA_CASES[device][name]
+    flux, dtype = "num_single_layers" in config, torch.float32 if weights == "fp32" else torch.bfloat16
+    C, again, g = 16 if flux else 4, device == "cuda", torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, device=device)
+    text = [normal(B, L, config["joint_attention_dim" if flux else "cross_attention_dim"]).to(dtype)]
+    if flux:
+        text += [normal(B, 768).to(dtype), torch.ones(B, device=device)]
+    elif "addition_time_embed_dim" in config:
+        text += [normal(B, 1280).to(dtype), torch.full((B, 6), 1024.0, device=device)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        if who == PEER:
+            import diffusers
+            model = diffusers.FluxTransformer2DModel(**config) if flux else diffusers.UNet2DConditionModel(**config)
+        else:
+            model = (finetune_lora.Flux if flux else finetune_lora.SDUNet)(config)
+    torch.set_default_dtype(before)
+    model.requires_grad_(False).train()
+    if who == PEER:
+        from diffusers.training_utils import cast_training_params, compute_snr
+        from peft import LoraConfig
+        model.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=[
+            "to_q", "to_k", "to_v", "to_out.0", *["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"] * flux]))
+        cast_training_params(model)
+        if again:
+            model.enable_gradient_checkpointing()
+        params, noising = [p for p in model.parameters() if p.requires_grad], diffusers.DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        n = side // 2
+        ids = diffusers.FluxPipeline._prepare_latent_image_ids(B, n, n, device, dtype)
+
+        def loss_of(z0, eps):
+            if flux:
+                t = torch.sigmoid(torch.randn(B, device=device))
+                zt = (1 - t.view(-1, 1, 1, 1)) * z0 + t.view(-1, 1, 1, 1) * eps
+                out = model(diffusers.FluxPipeline._pack_latents(zt, B, C, side, side), text[0], text[1], t, ids,
+                            torch.zeros(L, 3, device=device), text[2]).sample
+                return (diffusers.FluxPipeline._unpack_latents(out, 8 * side, 8 * side, 8) - (eps - z0)).square().mean()
+            t = torch.randint(0, 1000, (B,), device=device)
+            more = dict(text_embeds=text[1], time_ids=text[2]) if len(text) > 1 else None
+            out = model(noising.add_noise(z0, eps, t), t, text[0], added_cond_kwargs=more).sample
+            snr = compute_snr(noising, t)
+            return ((out - eps).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+    else:
+        base = object.__new__(finetune_lora.FluxBase if flux else finetune_lora.StableDiffusion)
+        base.model, base.device, base.live, base.shift, base.v_prediction = model, torch.device(device), False, 1, False
+        base.parts = {base.trained: model}
+        base.args = finetune_lora.parse_args(["--rank", "16"])
+        base.alpha_bar = finetune_lora.alpha_bar_of(dict(
+            num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+        model.grad_checkpoint = again
+        for path, layer in list(model.named_modules()) if weights in ("int8", "nf4") else ():
+            if isinstance(layer, nn.Linear) and "blocks" in path:
+                setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2],
+                        finetune_lora.Quantised(layer, weights))
+        names = dict.fromkeys(finetune_lora.target_layers(base, ["attn"]))
+        made = finetune_lora.attach(base, names, base.args, [base.trained])
+        params = [p for lora in made.values() for p in lora.parameters()]
+
+        def loss_of(z0, eps):
+            return base.loss(z0, eps, base.times(B, torch.default_generator), text).mean()
+    opt = torch.optim.AdamW(params, 1e-4, fused=True)
+
+    def step():
+        z0, eps = torch.randn(2, B, C, side, side, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=weights != "fp32"):
+            loss = loss_of(z0, eps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        opt.zero_grad()
+    return step, model, sum(p.numel() for p in params)
+
+
+def part_lora(args):
+    rows, device = [], args.device
+    for name, (*_, kinds) in LORA_CASES[device].items():
+        for weights in kinds:
+            whos = ["ours"] + [PEER] * (weights in ("fp32", "bf16"))
+            times, used, trained = {who: [] for who in whos}, {}, {}
+            if device == "cpu":  # on a GPU one at a time, or they would not fit
+                steps = {who: lora_step(who, name, weights, device) for who in whos}
+                for _ in range(args.rounds + 1):
+                    for who in whos:
+                        times[who].append(seconds(steps[who][0], device))
+                trained = {who: steps[who][2] for who in whos}
+                del steps
+            for who in whos:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                    used[who] = fresh.submit(memory, lora_step, who, name, weights, device).result()
+            if device == "cuda":
+                for who in whos:
+                    step, _, trained[who] = lora_step(who, name, weights, device)
+                    times[who] = [seconds(step, device) for _ in range(args.rounds + 1)]
+                    del step
+                    torch.cuda.empty_cache()
+            middle = {who: statistics.median(times[who][1:]) for who in whos}
+            both = len(whos) > 1
+            rows.append([f"{middle[PEER] / middle['ours']:.2f}" if both else "", f"{used['ours'] / used[PEER]:.2f}"
+                         if both else "", f"{name}, {weights}",
+                         *(f"{middle[who]:.2f} s, {used[who]:.2f} GiB; {trained[who] / 1e6:.2f}M trained" for who in whos)]
+                        + [""] * (not both))
+    print(f"\n## Training step of a LoRA, rank 16, all attention\n\n{machine(device)}; medians of {args.rounds} rounds")
+    table(["speed, ours / peer", "memory, ours / peer", "network", "finetune_lora.py", PEER], rows)
+    rows = []
+    for name in LORA_CASES["cpu"]:
+        _, whole, _ = lora_step("ours", name, "fp32", "cpu")
+        for kind in ("int8", "nf4"):
+            errors = {path: (((finetune_lora.Quantised(layer, kind).unpack(torch.float32) - layer.weight).norm()
+                              / layer.weight.norm()).item()) for path, layer in whole.named_modules()
+                      if isinstance(layer, nn.Linear) and "blocks" in path and "loras" not in path}
+            worst = max(errors, key=errors.get)
+            rows.append([name, kind, str(len(errors)), f"{100 * statistics.mean(errors.values()):.2f} %",
+                         f"{100 * errors[worst]:.2f} % ({worst})"])
+    print("## What 8 and 4 bits lose of the weights, by layer: |difference| / |weight|\n")
+    table(["network", "bits", "layers", "mean", "worst"], rows)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality,
              "prompts": part_prompts, "nfe": part_nfe, "fid": part_fid,
-             "dit": part_dit}
+             "dit": part_dit, "lora": part_lora}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
     p.add_argument("--images", type=int, default=1000, help="fid: images in each folder")
