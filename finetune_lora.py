@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 DEFAULT_BASE = "out/text2img/model.safetensors"
 PRESETS = {
-    "text2img": dict(size=64, rank=16, targets=["attn", "ff", "text"], steps=150, batch_size=16, lr=1e-3,
+    "text2img": dict(size=64, rank=16, targets=["attn", "ff", "text"], steps=100, batch_size=16, lr=1e-3,
                      eval_every=50, sampler="euler", sample_steps=50, cfg_scale=1.5, class_images=48),
     "sd": dict(size=512, rank=16, targets=["attn"], steps=1000, batch_size=2, lr=1e-4, eval_every=250,
                sampler="dpmpp_2m", sample_steps=25, cfg_scale=7.5, class_images=100),
@@ -67,7 +67,7 @@ PRESETS = {
 SAMPLERS = ["euler", "ddim", "dpmpp_2m"]
 TARGET_NAMES = {  # patterns of the names of the layers
     "attn": r"\.(attn\d?|cross)\.", "text": r"^text_encoder(_2)?\.encoder|\.tower\.encoder",
-    "ff": r"\.(ff|ff_context|mlp|proj_mlp)\b(?<!encoder)|single_transformer_blocks\.\d+\.proj_out"}
+    "ff": r"blocks\..*\.(ff|ff_context|mlp|proj_mlp)\b|single_transformer_blocks\.\d+\.proj_out"}
 
 
 def parse_args(argv=None):
@@ -164,6 +164,13 @@ def check(args, error):
         error("--sample N draws, and --resume goes on training: one of them")
     if not args.sample and len(args.lora) > 1:
         error("several --lora are for drawing, with --sample N; training goes on with one")
+    for name in "rank alpha targets".split():
+        if args.lora and not args.sample and name in args.given:
+            error(f"--{name} is for a new LoRA; --lora FILE has its own")
+    if args.class_images and "class_images" in args.given and not args.class_prompt and args.data != "drawn_pandas":
+        error("--class_images goes with --class_prompt TEXT")
+    if (args.sample_steps or 1) > 999:
+        error("--sample_steps is at most 999")
     for pattern in args.targets or ():
         try:
             re.compile(TARGET_NAMES.get(pattern, pattern))
@@ -190,8 +197,9 @@ class LoRA(nn.Module):
         nn.init.normal_(self.A.weight, std=1 / rank)
         nn.init.zeros_(self.B.weight)
 
-    def forward(self, x):                                                        # (..., in)
-        return self.B(self.A(self.dropout(x))) * (self.alpha / self.rank)        # (..., out)
+    def forward(self, x, weight=1.0):                                            # (..., in)
+        x = self.dropout(x) if torch.is_grad_enabled() else x                    # not where it draws or is judged
+        return self.B(self.A(x) * (weight * self.alpha / self.rank))             # (..., rank), (..., out)
 
     def delta(self):
         """What it adds to the layer's weight, in its shape."""
@@ -214,19 +222,22 @@ class Adapted(nn.Module):
         y = self.layer(x)
         for lora, weight in zip(self.loras, self.weights) if self.original is None else ():
             if weight:
-                y = y + lora(x) * weight
+                y = y + lora(x, weight)
         return y
 
     @torch.no_grad()
-    def merge(self):
-        """Adds the LoRAs to the layer's weight, for nothing more to be done in forward()."""
-        self.original = self.layer.weight.detach().clone()
+    def merge(self, keep=True):
+        """Adds the LoRAs to the layer's weight, for nothing more to be done in forward(); for ever, unless the weight
+        is kept as it was."""
+        self.original = self.layer.weight.detach().clone() if keep else None
         for lora, weight in zip(self.loras, self.weights):
-            self.layer.weight += (lora.delta() * weight).to(self.original.dtype)
+            self.layer.weight += (lora.delta() * weight).to(self.layer.weight.dtype)
+        if not keep:
+            self.loras, self.weights = nn.ModuleList(), []
 
     @torch.no_grad()
     def unmerge(self):
-        """Exactly as it was: the weight is kept, for what is added cannot be taken away without rounding."""
+        """Exactly as it was: what is added cannot be taken away without rounding."""
         self.layer.weight.copy_(self.original)
         self.original = None
 
@@ -245,10 +256,11 @@ class Quantised(nn.Module):
         w = F.pad(layer.weight.detach().float().flatten(), (0, -layer.weight.numel() % 64)).view(-1, 64)
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12)
         if kind == "int8":
-            q = (w / scale * 127).round().to(torch.int8)
+            scale = scale / 127
+            q = (w / scale).round().to(torch.int8)
         else:
             levels = torch.tensor(NF4, device=w.device)
-            q = torch.bucketize(w / scale, (levels[1:] + levels[:-1]) / 2).byte()
+            q = torch.bucketize(w / scale, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()
             q = q[:, ::2] * 16 + q[:, 1::2]                                      # two in a byte
             pairs = torch.cartesian_prod(levels, levels).bfloat16()              # (256, 2), what a byte stands for
             self.register_buffer("pairs", pairs, persistent=False)
@@ -258,7 +270,7 @@ class Quantised(nn.Module):
 
     def unpack(self, dtype):
         """-> the weight (out, in), nearly."""
-        w = self.q.to(dtype) / 127 if self.kind == "int8" else self.pairs[self.q.int()].flatten(1).to(dtype)
+        w = (self.q if self.kind == "int8" else F.embedding(self.q.int(), self.pairs).flatten(1)).to(dtype)
         w = (w * self.scale.to(dtype)).flatten()
         return w[:self.out_features * self.in_features].view(self.out_features, self.in_features)
 
@@ -279,6 +291,14 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad @ ctx.layer.unpack(grad.dtype), None
+
+
+def quantise(model, name, kind):
+    """Puts a Quantised in the place of a linear layer."""
+    parent, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    setattr(parent, child, Quantised(getattr(parent, child), kind))
+
 
 # -----------------------------------------------------------------------------
 # Diffusion and flow: what the model is asked for in training, and how it draws. z0 is what the autoencoder makes of a
@@ -454,12 +474,15 @@ class SDResBlock(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))         # (B, c_out, H, W)
 
 
-def two_layers(c_in, D):
-    return nn.ModuleDict(dict(linear_1=nn.Linear(c_in, D), linear_2=nn.Linear(D, D)))
+class TwoLayers(nn.Module):
+    """Of what the network is told beside the text: the time, the size, the strength of the guidance."""
 
+    def __init__(self, c_in, D):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(c_in, D), nn.Linear(D, D)
 
-def run_two(layers, x):
-    return layers["linear_2"](F.silu(layers["linear_1"](x)))
+    def forward(self, x):                                                        # (B, c_in)
+        return self.linear_2(F.silu(self.linear_1(x)))                           # (B, D)
 
 
 class SDUNet(Rerun):
@@ -477,21 +500,21 @@ class SDUNet(Rerun):
         depths = by_level(config.get("transformer_layers_per_block", 1))
         text = [name.startswith("CrossAttn") for name in config["down_block_types"]]
         linear = config.get("use_linear_projection", False)
-        self.text_of_size = config.get("addition_time_embed_dim")                # SDXL's
+        self.size_width = config.get("addition_time_embed_dim")                # SDXL's
 
         def stage(i, inputs, with_text, **end):
             c = widths[i]
-            stage = dict(resnets=[SDResBlock(c_in, c, emb, groups) for c_in in inputs])
+            parts = dict(resnets=[SDResBlock(c_in, c, emb, groups) for c_in in inputs])
             if with_text:
-                stage["attentions"] = [SDTransformer(c, context, heads[i], depths[i], groups, linear)
+                parts["attentions"] = [SDTransformer(c, context, heads[i], depths[i], groups, linear)
                                        for _ in range(with_text)]
-            stage |= {k: [nn.ModuleDict(dict(conv=conv))] for k, conv in end.items() if conv}
-            return nn.ModuleDict({k: nn.ModuleList(v) for k, v in stage.items()})
+            parts |= {k: [nn.ModuleDict(dict(conv=conv))] for k, conv in end.items() if conv}
+            return nn.ModuleDict({k: nn.ModuleList(v) for k, v in parts.items()})
 
         self.first, self.conv_in = widths[0], nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = two_layers(widths[0], emb)
-        if self.text_of_size:
-            self.add_embedding = two_layers(config["projection_class_embeddings_input_dim"], emb)
+        self.time_embedding = TwoLayers(widths[0], emb)
+        if self.size_width:
+            self.add_embedding = TwoLayers(config["projection_class_embeddings_input_dim"], emb)
         self.down_blocks, self.up_blocks, c, skips = nn.ModuleList(), nn.ModuleList(), widths[0], [widths[0]]
         for i, wide in enumerate(widths):
             down = nn.Conv2d(wide, wide, 3, 2, 1) if i < n - 1 else None
@@ -510,10 +533,10 @@ class SDUNet(Rerun):
 
     def forward(self, zt, t, text):                                              # (B, C, h, w), (B,)
         context, dtype = text[0], self.conv_in.weight.dtype
-        emb = run_two(self.time_embedding, waves(t.float(), self.first).to(dtype))  # (B, emb)
-        if self.text_of_size:
-            size = waves(text[2].flatten().float(), self.text_of_size).view(len(zt), -1)
-            emb = emb + run_two(self.add_embedding, torch.cat([text[1].to(dtype), size.to(dtype)], 1))
+        emb = self.time_embedding(waves(t.float(), self.first).to(dtype))  # (B, emb)
+        if self.size_width:
+            size = waves(text[2].flatten().float(), self.size_width).view(len(zt), -1)
+            emb = emb + self.add_embedding(torch.cat([text[1].to(dtype), size.to(dtype)], 1))
         h = self.conv_in(zt)
         skips = [h]
         for stage in self.down_blocks:
@@ -590,7 +613,7 @@ class FluxAttention(nn.Module):
 
 
 def modulated(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return (F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift).to(x.dtype)  # autocast's norms are fp32
 
 
 class FluxDouble(nn.Module):
@@ -634,10 +657,10 @@ class Flux(Rerun):
         D = self.heads * config["attention_head_dim"]
         self.x_embedder = nn.Linear(config["in_channels"], D)
         self.context_embedder = nn.Linear(config["joint_attention_dim"], D)
-        embedders = dict(timestep_embedder=two_layers(256, D),
-                         text_embedder=two_layers(config["pooled_projection_dim"], D))
+        embedders = dict(timestep_embedder=TwoLayers(256, D),
+                         text_embedder=TwoLayers(config["pooled_projection_dim"], D))
         if config.get("guidance_embeds"):
-            embedders["guidance_embedder"] = two_layers(256, D)
+            embedders["guidance_embedder"] = TwoLayers(256, D)
         self.time_text_embed = nn.ModuleDict(embedders)
         self.transformer_blocks = nn.ModuleList(FluxDouble(D, self.heads) for _ in range(config["num_layers"]))
         self.single_transformer_blocks = nn.ModuleList(FluxSingle(D, self.heads)
@@ -649,10 +672,10 @@ class Flux(Rerun):
         dtype, (H, W) = self.proj_out.weight.dtype, (side // 2 for side in zt.shape[2:])
         x = self.x_embedder(F.pixel_unshuffle(zt, 2).flatten(2).mT)              # (B, N, D); channel, row, column
         txt, embedders = self.context_embedder(text[0]), self.time_text_embed    # (B, L, D)
-        emb = run_two(embedders["timestep_embedder"], waves(1000 * t.float(), 256).to(dtype))
-        emb = emb + run_two(embedders["text_embedder"], text[1])
+        emb = embedders["timestep_embedder"](waves(1000 * t.float(), 256).to(dtype))
+        emb = emb + embedders["text_embedder"](text[1])
         if "guidance_embedder" in embedders:
-            emb = emb + run_two(embedders["guidance_embedder"], waves(1000 * text[2].float(), 256).to(dtype))
+            emb = emb + embedders["guidance_embedder"](waves(1000 * text[2].float(), 256).to(dtype))
         emb = F.silu(emb)                                                        # (B, D)
         positions = flux_rope((txt.shape[1], H, W), self.axes, x.device)
         for block in self.transformer_blocks:
@@ -1432,10 +1455,7 @@ def fingerprint(vae):
 
 
 # -----------------------------------------------------------------------------
-# What is fine-tuned, found from the files themselves. A base has: trained, the name of its network in LoRA files;
-# parts, {name: module} of what LoRAs can be put into; side, factor and channels of its latents;
-# read(texts) -> tensors (texts, ...), as the network takes them; loss(z0, eps, text, generator) -> (B,);
-# draw(z, text, text_null, args) -> latents; vae. Weights are read one by one, brought to their place, and frozen.
+# What is fine-tuned, found from the files themselves: see Base.
 
 
 def load_frozen(model, tensors, where, device, dtype, quant=None):
@@ -1454,9 +1474,8 @@ def load_frozen(model, tensors, where, device, dtype, quant=None):
                 setattr(module, k, nn.Parameter(v, requires_grad=False))
             else:
                 setattr(module, k, v)
-        if quant and isinstance(module, nn.Linear) and "blocks" in name:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Quantised(module, quant))
+        if quant and isinstance(module, nn.Linear) and "block" in name:
+            quantise(model, name, quant)
     return model.eval()
 
 
@@ -1482,6 +1501,14 @@ def find_base(name):
     if folder.is_file():
         return {"text2img": [folder]}
 
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    hub = Path(os.environ.get("HF_HUB_CACHE", hub), f"models--{name.replace('/', '--')}", "snapshots")
+    for index in sorted(hub.glob("*/model_index.json")) if not folder.is_dir() else ():
+        try:
+            return find_base(str(index.parent))  # whole, in the user's own cache
+        except Stop:
+            continue
+
     def find(*choices):
         for choice in choices:
             if folder.is_dir() and (folder / choice).is_file():
@@ -1491,8 +1518,8 @@ def find_base(name):
                     return hub_file(name, choice)
             except Stop as e:
                 if "says 401" in str(e) or "says 403" in str(e):
-                    raise Stop(f"{name} has to be asked for: agree to its licence on its page, and put your key into "
-                               f"HF_TOKEN ({e})", 1)
+                    raise Stop(f"{name} is not there, or has to be asked for: agree to its licence on its page, and "
+                               f"put your key into HF_TOKEN ({e})", 1)
                 if "says 404" not in str(e):
                     raise
         return None
@@ -1567,8 +1594,9 @@ class Prompts:
         vocab, merges, *about = files[tokenizer]
         self.bpe, tower = read_text_files(weights, config, vocab, merges)
         self.tower = tower.to(device, dtype).eval().requires_grad_(False)
-        told = [read_json(file).get("pad_token") for file in about if file]
-        self.pad = next((p if isinstance(p, str) else p["content"] for p in told if p), "<|endoftext|>")
+        known = [read_json(file) for file in about if file]
+        pads = [k.get("pad_token") if isinstance(k, dict) else None for k in known]
+        self.pad = next((p if isinstance(p, str) else p["content"] for p in pads if p), "<|endoftext|>")
         self.pad_id = self.bpe.vocab.get(self.pad, self.bpe.end)
 
     def ids(self, texts):
@@ -1590,14 +1618,17 @@ class Prompts:
 
 
 class Base:
-    """What all kinds have in common. trained: the name of the network in LoRA files; parts: {name: module}, what LoRAs
-    can be put into; texts: what prepare() made of the texts, on the CPU."""
+    """What is fine-tuned. trained: what its network is called in LoRA files; parts: {name: module}, what LoRAs can be
+    put into; channels, factor: of its latents. prepare() reads texts once, features() gives what the network takes of
+    them, encode() and decode() are the autoencoder, loss() is what training lowers, draw() makes latents of noise."""
     trained = "transformer"
 
-    def __init__(self, files, args, device, dtype):
+    def __init__(self, files, args, device, dtype, rank=0, world=1):
         self.files, self.args, self.device, self.dtype, self.too_long = files, args, device, dtype, 0
+        self.rank, self.world = rank, world
         self.parts, self.vae, self.shift, self.live = {}, None, 1.0, False
-        self.key = [str(args.base), *(file.stat().st_size for part in files.values() for file in part if file)]
+        stats = [file.stat() for part in files.values() for file in part if file]
+        self.key = [str(args.base), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
 
     def layers(self):
         """{name: layer} of all that can have a LoRA."""
@@ -1612,7 +1643,7 @@ class Base:
         return [module for model in self.parts.values() if model is not None for module in model.modules()
                 if isinstance(module, Adapted)]
 
-    def told(self, text):
+    def features(self, text):
         """What prepare() gave -> what the network takes."""
         text = [None if a is None else to_device(a, self.device) for a in text]
         return self.read(*text) if self.live and not all(a.is_floating_point() for a in text) else text
@@ -1649,14 +1680,15 @@ class Base:
         return self.vae.encode(x)
 
     def decode(self, z):
-        return torch.cat([self.vae.decode(part) for part in z.split(4)])
+        return torch.cat([self.vae.decode(part) for part in z.split(1)])
 
     @torch.no_grad()
     def prepare(self, texts):
         """texts -> tensors (texts, ...) on the CPU, as the network takes them; or, where CLIP is `live`, trained along,
         as read() takes them."""
         ids = [self.tokenise(texts[k:k + 8]) for k in range(0, len(texts), 8)]
-        out = [self.before_clip(*i) if self.live else self.read(*i) for i in tqdm(ids, "reading texts", disable=None)]
+        read = self.cached_part if self.live else self.read
+        out = [read(*i) for i in tqdm(ids, "reading texts", disable=None)]
         return [torch.cat([part.cpu() for part in parts]) for parts in zip(*out)]
 
 
@@ -1669,6 +1701,9 @@ class StableDiffusion(Base):
         self.kind = "sdxl" if "sdxl" in self.files else "sd"
         self.scheduler = read_json(self.files["scheduler"][0])
         self.alpha_bar = alpha_bar_of(self.scheduler)
+        odd = [k for k in ("rescale_betas_zero_snr", "trained_betas") if self.scheduler.get(k)]
+        if odd or self.scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise Stop(f"--base {self.args.base}: this script does not know {', '.join(odd) or 'its prediction_type'}")
         self.v_prediction = self.scheduler.get("prediction_type", "epsilon") == "v_prediction"
         with torch.device("meta"):
             self.model = SDUNet(read_json(self.files["unet"][0]))
@@ -1680,7 +1715,8 @@ class StableDiffusion(Base):
         self.parts |= {part: prompts.tower for (part, _), prompts in zip(pairs, self.prompts)}
 
     def free_text(self):
-        self.prompts = self.parts["text_encoder"] = self.parts["text_encoder_2"] = None
+        if not self.live:
+            self.prompts = self.parts["text_encoder"] = self.parts["text_encoder_2"] = None
 
     def tokenise(self, texts):
         """-> ids (texts, 77) for each encoder."""
@@ -1688,7 +1724,7 @@ class StableDiffusion(Base):
         self.too_long += max(cut)
         return [a.to(self.device) for a in ids]
 
-    def before_clip(self, *ids):
+    def cached_part(self, *ids):
         return ids
 
     def read(self, *ids):
@@ -1704,7 +1740,7 @@ class StableDiffusion(Base):
         zeros = self.kind == "sdxl" and read_json(self.files["sdxl"][0]).get("force_zeros_for_empty_prompt", True)
         if text or not zeros:
             return told
-        return [torch.zeros_like(a) if k < 2 else a.cpu() for k, a in enumerate(self.told(told))]
+        return [torch.zeros_like(a, device="cpu") if k < 2 else a.cpu() for k, a in enumerate(self.features(told))]
 
     def times(self, n, g):
         return torch.randint(len(self.alpha_bar), (n,), generator=g)
@@ -1773,12 +1809,14 @@ class FluxBase(Base):
             tensors["shared.weight"] = tensors.pop("encoder.embed_tokens.weight")
         with torch.device("meta"):
             self.t5 = T5(read_json(config))
-        load_frozen(self.t5, tensors, weights[0], self.device, self.dtype)
+        load_frozen(self.t5, tensors, weights[0], self.device, self.dtype, self.args.quant and "int8")
         self.unigram = read_unigram(self.files["tokenizer_2"][0])
         self.parts["text_encoder"] = self.prompts.tower
 
     def free_text(self):
-        self.prompts = self.t5 = self.parts["text_encoder"] = None
+        self.t5 = None
+        if not self.live:
+            self.prompts = self.parts["text_encoder"] = None
 
     def tokenise(self, texts):
         """-> ids (texts, 512) for T5, in schnell 256, and (texts, 77) for CLIP."""
@@ -1788,7 +1826,7 @@ class FluxBase(Base):
         rows = torch.tensor([ids + [0] * (self.length - len(ids)) for ids in rows])
         return [rows.to(self.device), self.prompts.ids(texts)[0].to(self.device)]
 
-    def before_clip(self, ids_t5, ids):
+    def cached_part(self, ids_t5, ids):
         return [self.t5(ids_t5), ids]
 
     def read(self, txt, ids):
@@ -1822,11 +1860,12 @@ class Text2Img(Base):
                 self.vae = TinyVAE() if own else Pixels()
             elif name in AUTOENCODERS:
                 repo, file, how = AUTOENCODERS[name]
-                self.vae = open_vae([hub_file(repo, file)], how)
+                found = on_each_node(functools.partial(hub_file, repo, file), self.rank, self.world)
+                self.vae = open_vae([found[int(os.environ.get("GROUP_RANK", 0))]], how)
             else:
                 raise Stop(f"{path} was made with --vae {name}; this script reads tiny, none, "
                            + ", ".join(AUTOENCODERS))
-            self.reader = load_reader(SimpleNamespace(text=saved["text"]), 0, 1)
+            self.reader = load_reader(SimpleNamespace(text=saved["text"]), self.rank, self.world)
             tower = CLIPText(**TINY) if saved["text"] == "tiny" else None
             self.model = DiT(self.vae.channels, saved["patch_size"], saved["model"], self.reader.dim,
                              self.reader.pooled_dim, tower, self.args.grad_checkpoint)
@@ -1844,8 +1883,7 @@ class Text2Img(Base):
         if self.args.quant:
             for name, layer in list(self.model.named_modules()):
                 if isinstance(layer, nn.Linear) and "blocks" in name:
-                    parent, _, child = name.rpartition(".")
-                    setattr(self.model.get_submodule(parent), child, Quantised(layer, self.args.quant))
+                    quantise(self.model, name, self.args.quant)
 
     def load_text(self):
         pass
@@ -1980,7 +2018,9 @@ def read_lora(path, base):
         stem = m and m[1].removeprefix("base_model.model.")
         if m and m[3]:  # processor
             stem += "." + {"to_out": "to_out.0"}.get(m[3], m[3])
-        names = kohya.get(stem)
+        names = stem and (kohya.get(stem) or kohya.get(  # ComfyUI's
+            f"lora_unet_{stem.removeprefix('diffusion_model.').replace('.', '_')}"
+            if stem.startswith("diffusion_model.") else ""))
         if m and names is None:
             part, _, rest = stem.partition(".")
             if part not in ("unet", "transformer", "text_encoder", "text_encoder_2"):
@@ -1992,6 +2032,10 @@ def read_lora(path, base):
             alphas[tuple(names)] = v.item()
         else:
             found.setdefault(tuple(names), {})["A" if (m[2] or m[4]) in ("A", "down") else "B"] = v
+    for sign, what in (("dora_scale", "DoRA"), ("magnitude_vector", "DoRA"), ("hada_", "LoHa"), ("lokr_", "LoKr")):
+        if any(sign in key for key in lost):
+            raise Stop(f"{path} holds a {what}, which is more than a LoRA and which this script does not know: "
+                       + ", ".join(key for key in lost if sign in key)[:200])
     lost += [str(names) for names, pair in found.items() if len(pair) < 2]
     if lost or not found:
         raise Stop(f"{path} does not fit --base: it seems to be a LoRA for {kind_of_lora(tensors)}, and the base is "
@@ -2005,8 +2049,10 @@ def read_lora(path, base):
     for names, pair in found.items():
         part, _, rest = names[0].partition(".")
         alpha = alphas.get(names, peft.get(f"{part}.lora_alpha", len(pair["A"])))
-        for pattern, value in peft.get(f"{part}.alpha_pattern", {}).items():
-            alpha = value if re.fullmatch(rf"(.*\.)?{pattern}", rest) else alpha
+        alpha = next((value for pattern, value in peft.get(f"{part}.alpha_pattern", {}).items()
+                      if re.fullmatch(rf"(.*\.)?({pattern})", rest)), alpha)
+        if peft.get(f"{part}.use_rslora"):  # 2312.03732: alpha / root of the rank
+            alpha *= len(pair["A"]) ** 0.5
         rows = [lora_shapes(layers[name], 1)[1][0] for name in names]            # of B, for layers that are one there
         whole = len(names) == 1 or sum(rows) != len(pair["B"])
         for name, B in zip(names, [pair["B"]] if whole else pair["B"].split(rows)):
@@ -2016,7 +2062,12 @@ def read_lora(path, base):
                 raise Stop(f"{path} does not fit --base: beside {name} go A {list(wanted[0])} and B {list(wanted[1])}, "
                            f"and it has {list(A.shape)} and {list(B.shape)}; it seems to be a LoRA for "
                            f"{kind_of_lora(tensors)}, and the base is {NAMES[base.kind]}")
-            loras[name] = A, B, alpha
+            used = B.flatten(1).any(0)                                           # a part of a fused layer: its own rows
+            if len(names) > 1 and used.any() and not used.all():
+                A, B, share = A[used], B[:, used], int(used.sum()) / len(used)
+                loras[name] = A, B, alpha * share
+            else:
+                loras[name] = A, B, alpha
     return loras
 
 
@@ -2026,8 +2077,6 @@ def write_lora(path, base, loras, naming, metadata):
     tensors, known = {}, base.layers()
 
     if naming == "kohya":
-        if base.kind == "text2img":
-            raise Stop("--format kohya is for Stable Diffusion and FLUX")
         short = {"sd": "lora_te_"}.get(base.kind, "lora_te1_")
         for name, layers in kohya_names(base).items():
             own = name.startswith(("lora_unet_", short, "lora_te2_")) and (base.kind != "sdxl" or not re.match(
@@ -2036,11 +2085,11 @@ def write_lora(path, base, loras, naming, metadata):
             here = [loras.get(layer) for layer in layers]
             if not own or not any(here):
                 continue
-            rank = next(lora.rank for lora in here if lora)  # of a fused layer: rows for each, zeros elsewhere
-            shapes = [lora_shapes(known[layer], rank) for layer in layers]
-            A = [lora.A.weight if lora else torch.zeros(a) for lora, (a, _) in zip(here, shapes)]
-            B = [lora.B.weight if lora else torch.zeros(b) for lora, (_, b) in zip(here, shapes)]
-            alpha = next(lora.alpha for lora in here if lora) * len(here)
+            # one below the other, with alpha / rank in B already where they are one layer there; rows for each of them
+            A = [lora.A.weight for lora in here if lora]
+            B = [torch.zeros(lora_shapes(known[layer], 0)[1][0], 0) if lora is None else lora.B.weight
+                 * (lora.alpha / lora.rank if len(here) > 1 else 1) for lora, layer in zip(here, layers)]
+            alpha = sum(map(len, A)) if len(here) > 1 else here[0].alpha
             tensors |= {f"{name}.lora_down.weight": torch.cat(A), f"{name}.alpha": torch.tensor(float(alpha)),
                         f"{name}.lora_up.weight": B[0] if len(B) == 1 else torch.block_diag(*B)}
     else:
@@ -2253,6 +2302,8 @@ def read_examples(data, size, instance_prompt):
             raise Stop(f"{path} is not an .npz with arrays named images and captions: {e}")
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or not all(images.shape):
             raise Stop(f"{path}: images has to be uint8 (N, height, width, 3)")
+        if captions is not None and (captions.dtype.kind != "U" or captions.shape[:1] != images.shape[:1]):
+            raise Stop(f"{path}: captions has to be text, (N,) or (N, captions of each) with N = {len(images)}")
         pictures = [np.asarray(ImageOps.fit(Image.fromarray(im), (size, size), Image.LANCZOS)) for im in images]
         texts = [None] * len(pictures) if captions is None else [[t for t in c if t] or [""] for c in
                                                                   captions.reshape(len(images), -1).tolist()]
@@ -2293,8 +2344,8 @@ def latents_of(base, pictures, flip, amp):
     out = []
     for mirrored in range(1 + flip):
         parts = []
-        for i in tqdm(range(0, len(pictures), 4), "latents", disable=None, leave=False):
-            x = load_pictures(pictures, np.arange(i, min(i + 4, len(pictures))), base.device)
+        for i in tqdm(range(len(pictures)), "latents", disable=None, leave=False):  # one by one: they are large
+            x = load_pictures(pictures, [i], base.device)
             with amp():
                 parts.append(base.encode(x.flip(-1) if mirrored else x).half().cpu())
         out.append(torch.cat(parts))
@@ -2664,6 +2715,11 @@ FREE_ON_RESUME = ("data steps lr out eval_every device dtype accum grad_checkpoi
                   "sample_steps cfg_scale format base").split()
 
 
+def set_weights(base, weight):
+    for adapted in base.adapted():
+        adapted.weights = [weight] * len(adapted.loras)
+
+
 def target_layers(base, patterns):
     """The names of the layers that --targets asks for. Raises Stop."""
     names = [name for name in base.layers() if any(re.search(TARGET_NAMES.get(p, p), name) for p in patterns)]
@@ -2677,15 +2733,16 @@ def attach(base, loras, args, parts, weight=1.0):
     """Puts LoRAs beside layers of these parts -> {layer: LoRA}. loras: {layer: (A, B, alpha)}, None for a new one."""
     made, layers = {}, base.layers()
     for name in [name for name in loras if name.partition(".")[0] in parts]:
-        A, B, alpha = loras[name] or (None, None, args.alpha or args.rank)
+        A, B, alpha = loras[name] or (None, None, args.rank if args.alpha is None else args.alpha)
         rank = args.rank if A is None else len(A)
         shape_A, shape_B = lora_shapes(layers[name], rank)
         most = min(math.prod(shape_A[1:]), shape_B[0])
-        if rank > most:
+        if A is None and rank > most:
             raise Stop(f"--rank {rank} is more than {name} has room for, {most}: lower it, or choose other --targets")
         made[name] = lora = LoRA(layers[name], rank, alpha, args.lora_dropout)
         if A is not None:
-            lora.A.weight.data, lora.B.weight.data = A.float(), B.float()
+            lora.A.weight.data.copy_(A)
+            lora.B.weight.data.copy_(B)
         lora.to(base.device)
         part, _, rest = name.partition(".")
         parent, child = base.parts[part].get_submodule(rest.rpartition(".")[0]), rest.rpartition(".")[2]
@@ -2717,7 +2774,7 @@ def adopt(args, saved, keys, path):
 def begin_log(out, start, resumed):
     """Make the folder fit to go on from step `start` -> the log so far. A new run keeps the weights of an old one."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("ckpt.pt", "model.safetensors", "log.jsonl"):
+    for name in ("ckpt.pt", "model.safetensors", "lora.safetensors", "log.jsonl"):
         if not resumed and (out / name).exists():
             os.replace(out / name, out / f"{name}.old")
             print(f"{out / name} of an earlier run is now {name}.old", flush=True)
@@ -2751,14 +2808,22 @@ def open_base(args, rank, world, device):
     files = on_each_node(functools.partial(find_base, args.base), rank, world)[int(os.environ.get("GROUP_RANK", 0))]
     kind = next(k for k in PRESETS if k in files)
     saved = read_model(files["text2img"][0], "text2img.py")[1] if kind == "text2img" else {}
-    for k, v in PRESETS[kind].items():
+    preset = dict(PRESETS[kind])
+    if kind == "flux" and not read_json(files["transformer"][0]).get("guidance_embeds"):
+        preset.update(sample_steps=4, cfg_scale=1.0)  # schnell
+    elif kind == "flux" and args.negative_prompt:
+        raise Stop("--negative_prompt works by guidance, which FLUX.1-dev only imitates: it cannot have one")
+    for k, v in preset.items():
         if getattr(args, k) is None:
             setattr(args, k, saved.get(k, v) if k in ("size", "sample_steps", "cfg_scale") else v)
     dtype = pick_dtype(args.dtype, device) if kind != "text2img" else torch.float32
     try:
-        base = {"text2img": Text2Img, "flux": FluxBase}.get(kind, StableDiffusion)(files, args, device, dtype)
+        make = {"text2img": Text2Img, "flux": FluxBase}.get(kind, StableDiffusion)
+        base = make(files, args, device, dtype, rank, world)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise Stop(f"--base {args.base} has a config.json that this script does not understand: {e!r}")
+    if kind == "text2img" and args.format == "kohya":
+        raise Stop("--format kohya is for Stable Diffusion and FLUX")
     if kind in ("text2img", "flux") and args.sampler != "euler":
         raise Stop(f"--sampler {args.sampler} is for Stable Diffusion; flows have euler")
     unit = base.factor * (2 if kind == "flux" else 8 if kind != "text2img" else base.model.patch)
@@ -2775,11 +2840,11 @@ def pick(text, k):
 @torch.no_grad()
 def generate(base, noise, text, text_null, amp):
     """noise (B, C, h, w), texts as prepare() gives them -> pictures uint8 (B, H, W, 3)."""
-    out = []
-    for i in range(0, len(noise), 8):
-        one, null = (base.told(pick(t, slice(i, i + 8))) for t in (text, text_null))
+    out, each = [], min(64, max(1, 8 * 512 ** 2 // base.args.size ** 2))         # at 1024 pixels 2 at a time
+    for i in range(0, len(noise), each):
         with amp():
-            x = base.decode(base.draw(noise[i:i + 8], one, null).float())
+            one, null = (base.features(pick(t, slice(i, i + each))) for t in (text, text_null))
+            x = base.decode(base.draw(noise[i:i + each], one, null).float())
         if not x.isfinite().all():
             raise Stop("the model draws what are no numbers: say --dtype fp32, or was its training sound?", 1)
         out.append(to_uint8(x))
@@ -2811,9 +2876,11 @@ def train_step(base, params, opt, batch, args, amp):
     for k in range(args.accum):
         z0, eps, t, *text = (None if a is None else a.chunk(args.accum)[k] for a in (*batch[:3], *batch[3]))
         with amp():
-            loss = base.loss(z0, eps, t, base.told(text)).mean()
+            loss = base.loss(z0, eps, t, base.features(text)).mean()
         total += loss.detach() / args.accum
         (loss / args.accum).backward()
+    for p in params:  # of a layer that nothing reads, such as the last of SDXL's first text encoder
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if dist.is_initialized():
         flat = sum_over_ranks(torch.cat([p.grad.flatten() for p in params])) / dist.get_world_size()
         for p, part in zip(params, flat.split([p.numel() for p in params])):
@@ -2833,8 +2900,16 @@ def validate(base, data, args, amp):
         t = base.even_times(8)
         z0 = data.latents[0, i].to(base.device).float().expand_as(eps)
         with amp():
-            total += base.loss(z0, eps, t, base.told(pick(data.text, [data.text_of[i][0]] * 8))).mean().item()
+            total += base.loss(z0, eps, t, base.features(pick(data.text, [data.text_of[i][0]] * 8))).mean().item()
     return total / len(data.val)
+
+
+def layers_of(state, base, path):
+    """{layer: (rank, alpha)} of a checkpoint. Raises Stop."""
+    layers = state.get("layers")
+    if not isinstance(layers, dict) or not layers.keys() <= base.layers().keys():
+        raise Stop(f"--resume {path} has been edited, or --base is another than it was")
+    return layers
 
 
 def restore(state, params, ema, opt, args):
@@ -2856,7 +2931,7 @@ def restore(state, params, ema, opt, args):
     return start
 
 
-def class_pictures(base, args, prompts, text, text_null, amp, rank, world):
+def class_pictures(base, args, prompts, text, text_null, amp, rank):
     """Prior preservation, 2208.12242 section 4.2: what the base draws of these prompts, whose texts take turns in text,
     kept in data/cache -> uint8 (--class_images, size, size, 3)."""
     about = [base.key, prompts, args.negative_prompt, args.size, args.sample_steps, args.sampler,
@@ -2864,9 +2939,11 @@ def class_pictures(base, args, prompts, text, text_null, amp, rank, world):
     folder = Path(f"data/cache/class-{hashlib.sha256(repr(about).encode(errors='replace')).hexdigest()[:16]}")
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:06d}.png" for i in range(args.class_images)]
-    todo = [i for i, file in enumerate(files) if not file.exists()][rank::world]
+    local, processes = (int(os.environ.get(k, v)) for k, v in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    todo = [i for i, file in enumerate(files) if not file.exists()][local::processes]        # on each node all of them
     sum_over_ranks(torch.zeros(1, device=base.device)).item()  # all have looked before any writes
     shape = base.shape()
+    set_weights(base, 0.0)  # of a LoRA that is trained on
     for i in tqdm([todo[k:k + 8] for k in range(0, len(todo), 8)], "pictures of the class, once",
                   disable=True if rank else None):
         noise = next(image_noise(args.seed, i, shape, base.device))
@@ -2874,6 +2951,7 @@ def class_pictures(base, args, prompts, text, text_null, amp, rank, world):
         for k, picture in zip(i, drawn):
             image = Image.fromarray(picture)
             write_atomically(files[k], lambda f: image.save(f, "PNG"))
+    set_weights(base, 1.0)
     sum_over_ranks(torch.zeros(1, device=base.device)).item()
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
@@ -2898,7 +2976,9 @@ def train(args):
     except OSError as e:
         raise Stop(f"--out {out} cannot be made: {e.strerror}")
     pictures, captions, broken, train_on, held = read_examples(args.data, args.size, args.instance_prompt)
-    key = hashlib.sha256(pictures.tobytes() + repr(captions).encode(errors="replace")).hexdigest()[:16]
+    digest = hashlib.sha256(pictures)
+    digest.update(repr(captions).encode(errors="replace"))
+    key = digest.hexdigest()[:16]
     if broken:
         say(f"left out, because they cannot be used: {len(broken)}: " + "; ".join(broken[:9]))
     if state and state["key"] != key:
@@ -2910,7 +2990,11 @@ def train(args):
 
     # which layers; then the texts are read, the pictures encoded, and what did that is freed before the network comes
     base.load_text()
-    loras = read_lora(args.lora[0], base) if args.lora else dict.fromkeys(target_layers(base, args.targets))
+    if state:  # not the file that it began with, which may be another by now
+        loras = {name: (*map(torch.zeros, lora_shapes(base.layers()[name], rank)), alpha) for name, (rank, alpha) in
+                 layers_of(state, base, args.resume).items()}
+    else:
+        loras = read_lora(args.lora[0], base) if args.lora else dict.fromkeys(target_layers(base, args.targets))
     torch.manual_seed(mix(INIT, args.seed))
     readers = [part for part in base.parts if part != base.trained]
     made = attach(base, loras, args, readers)
@@ -2926,17 +3010,19 @@ def train(args):
         text = base.prepare([*number, *kept, args.negative_prompt])
     if base.too_long:
         say(f"captions that are too long, cut: {base.too_long}")
-    if not base.live:
-        base.free_text()
-    text_null = base.null(args.negative_prompt, pick(text, [-1]))
+    with amp(), torch.no_grad():
+        text_null = base.null(args.negative_prompt, pick(text, [-1]))
+    base.free_text()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what read the texts
     base.load_vae()
-    data = SimpleNamespace(train=train_on, val=held[:64], preserved=[], text=text,
+    data = SimpleNamespace(train=train_on, val=held[:12], preserved=[], text=text,
                            text_of=[[number[t] for t in texts] for texts in captions],
                            latents=latents_of(base, pictures, args.flip, amp))
     base.load_model()
     if kept:
         k = [len(number) + i % len(kept) for i in range(args.class_images)]
-        drawn = class_pictures(base, args, kept, pick(text, k), text_null, amp, rank, world)
+        drawn = class_pictures(base, args, kept, pick(text, k), text_null, amp, rank)
         data.preserved = np.arange(len(pictures), len(pictures) + len(drawn))
         data.text_of += [[i] for i in k]
         data.latents = torch.cat([data.latents, latents_of(base, drawn, args.flip, amp)], 1)
@@ -2949,8 +3035,7 @@ def train(args):
     base.model.train()
     settings = {k: v for k, v in vars(args).items() if k != "given"}
     shape = base.shape()
-    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters in {len(made)} layers of "
-        f"{sum(p.numel() for p in base.model.parameters()) / 1e6:.1f}M")
+    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters to train, beside {len(made)} layers")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
     log = begin_log(out, start, resumed=state is not None and Path(args.resume).resolve().parent == out.resolve()) \
         if rank == 0 else []
@@ -2958,13 +3043,11 @@ def train(args):
 
     def show(weight):
         """Two pictures of each prompt, from the same noise, with so much of the LoRA."""
-        for adapted in base.adapted():
-            adapted.weights = [weight]
+        set_weights(base, weight)
         k = np.repeat([number[t] for t in shown], 2)
         noise = next(image_noise(args.seed, range(2), shape, device)).repeat(len(shown), 1, 1, 1)
         pictures = generate(base, noise, pick(text, k), pick(text_null, [0] * len(k)), amp)
-        for adapted in base.adapted():
-            adapted.weights = [1.0]
+        set_weights(base, 1.0)
         return np.split(pictures, len(shown))
 
     def with_ema(make):
@@ -2979,7 +3062,8 @@ def train(args):
     def save(step):
         if rank == 0:
             ckpt = dict(script="finetune_lora.py", args=settings, step=step, key=key, opt=opt.state_dict(),
-                        model=[p.detach() for p in params], ema=ema)
+                        model=[p.detach() for p in params], ema=ema,
+                        layers={name: (lora.rank, lora.alpha) for name, lora in made.items()})
             write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
             about = dict(format="pt", script="finetune_lora.py", kind="lora", base=base.kind, step=str(step),
                          args=json.dumps(settings))
@@ -3031,7 +3115,8 @@ def train(args):
         batch = train_batch(data, args, step, base, rank, world)
         torch.manual_seed(mix(DROPOUT, args.seed, step, rank))
         loss_sum += train_step(base, params, opt, batch, args, amp)
-        torch._foreach_lerp_(ema, params, 1 - min(args.ema_decay, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, params, 1 - min(args.ema_decay, (1 + step) / (10 + step)))
         seen += 1
         bar.update()
     bar.close()
@@ -3091,21 +3176,22 @@ def sample_only(args):
     with amp():
         text = base.prepare([*args.prompt, args.negative_prompt])
     base.free_text()
-    text_null = base.null(args.negative_prompt, pick(text, [-1]))
+    with amp(), torch.no_grad():
+        text_null = base.null(args.negative_prompt, pick(text, [-1]))
     base.load_vae()
     base.load_model()
     for lora, weight in loras:
         attach(base, lora, args, [base.trained], weight)
     if not args.quant:
         for adapted in base.adapted():
-            adapted.merge()
+            adapted.merge(keep=False)
     part = out / "generated.part"  # what was drawn before stays until all is there
     part.mkdir(parents=True, exist_ok=True)
     for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
         old.unlink()
     sum_over_ranks(torch.zeros(1, device=device)).item()
     P, mine, x = len(args.prompt), np.array_split(np.arange(n), world)[rank], []
-    for i in tqdm([mine[k:k + 8] for k in range(0, len(mine), 8)], "sampling", disable=True if rank else None):
+    for i in tqdm([mine[k:k + 64] for k in range(0, len(mine), 64)], "sampling", disable=True if rank else None):
         noise = next(image_noise(args.seed, i // P, base.shape(), device))
         x.append(generate(base, noise, pick(text, i % P), pick(text_null, [0] * len(i)), amp))
         for j, drawn in zip(i, x[-1]):
@@ -3124,7 +3210,6 @@ def sample_only(args):
         x = np.concatenate(x)
         save_png(out / "generated.png", caption_rows([x[p::P] for p in range(P)], args.prompt) if P <= 16 else
                  tile(x, int(len(x) ** 0.5)))
-        used = ", ".join(f"{file} x {weight}" for file, weight in files) or "no LoRA"
         used = ", ".join(f"{file} x {weight}" for file, weight in files) or "no LoRA"
         print(f"{n} pictures of {P} prompts in {out / 'generated'}; see {out / 'generated.png'}\n"
               f"{base.kind} with {used}; {args.sampler}, {args.sample_steps} steps, --cfg_scale {args.cfg_scale}; "

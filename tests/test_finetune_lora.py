@@ -303,8 +303,8 @@ def test_pipelines_draw_the_same(kind, sampler, negative, pipelines):
                        **more).images
         pipe.scheduler = scheduler
         text = base.prepare([prompt, negative])
-        null = base.told(base.null(negative, mm.pick(text, [1])))
-        drawn = base.draw(z, base.told(mm.pick(text, [0])), null)
+        null = base.features(base.null(negative, mm.pick(text, [1])))
+        drawn = base.draw(z, base.features(mm.pick(text, [0])), null)
         last = pipe._unpack_latents(seen[-1], 64, 64, 8) if flux else seen[-1]
         ours = (base.decode(drawn) / 2 + 0.5).clamp(0, 1)
     assert len(seen) == 4 and (drawn - last).abs().max() < 5e-4 * last.abs().max()  # their alpha_bar is float32
@@ -359,7 +359,7 @@ def outputs(kind, pipe=None, base=None):
     z = normal(1, 16 if kind == "dev" else 4, 8, 8).double()
     with torch.no_grad():
         if base is not None:
-            text = base.told(base.prepare(["a photo of a cat"]))
+            text = base.features(base.prepare(["a photo of a cat"]))
             return torch.cat([base.model(z, torch.tensor([0.5 if kind == "dev" else 500]), text).flatten(),
                               *(a.flatten() for a in text)])
         if kind == "dev":
@@ -455,7 +455,7 @@ def test_the_gradients_of_a_training_step_are_pefts(kind, pipelines, tmp_path):
     base, _ = with_lora(folder, save_with_diffusers(pipe, parts, tmp_path, **_collate_lora_metadata(parts)))
     z0, eps = normal(2, 16 if kind == "dev" else 4, 8, 8).double(), normal(2, 16 if kind == "dev" else 4, 8, 8, seed=1).double()
     with torch.no_grad():
-        text = base.told(base.prepare(["a photo of a cat", "a dog"]))
+        text = base.features(base.prepare(["a photo of a cat", "a dog"]))
     t = torch.tensor([0.3, 0.8]) if kind == "dev" else torch.tensor([40, 700])
     base.model.train()
     ours = base.loss(z0, eps, t, text)
@@ -601,7 +601,7 @@ def test_recomputed_activations_give_the_same_gradients(kind, pipelines):
         block.register_forward_pre_hook(lambda *args: calls.append(len(grads)))
         z, eps = normal(1, base.channels, 8, 8).double(), normal(1, base.channels, 8, 8, seed=1).double()
         with torch.no_grad():
-            text = base.told(base.prepare(["a cat"]))
+            text = base.features(base.prepare(["a cat"]))
         base.loss(z, eps, torch.tensor([0.5 if kind == "dev" else 500]), text).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for lora in made.values() for p in lora.parameters()]))
     assert torch.allclose(*grads, 1e-9, 1e-12) and grads[0].abs().max() > 0
@@ -635,7 +635,8 @@ FEW = ["--device", "cpu", "--dtype", "fp32", "--size", 64, "--steps", 2, "--eval
     ("sd", []), ("sd", ["--targets", "attn", "text", "--class_prompt", "a dog", "--class_images", 3]),
     ("sdxl", ["--quant", "int8", "--format", "kohya"]), ("sdxl", ["--targets", "text", "--class_prompt", "a dog", "a cat",
                                                                   "--class_images", 3, "--negative_prompt", "x"]),
-    ("dev", ["--quant", "nf4", "--grad_checkpoint"]), ("dev", ["--targets", "attn", "text"]), ("schnell", [])])
+    ("dev", ["--quant", "nf4", "--grad_checkpoint"]), ("dev", ["--targets", "attn", "text"]), ("schnell", []),
+    ("sdxl", ["--targets", "attn", "text", "--dtype", "bf16"]), ("dev", ["--targets", "text", "--dtype", "bf16"])])
 def test_a_run(kind, flags, pipelines, capsys):
     folder, _ = pipelines(kind)
     photographs()
@@ -671,6 +672,121 @@ def test_resume_is_exact(pipelines, monkeypatch):
     assert run("--resume", "half/ckpt.pt", "--rank", 7) == 2
     (Path("dog") / "0.png").unlink()
     assert run("--resume", "half/ckpt.pt", "--steps", 5) == 2
+
+
+def test_resume_of_a_lora_that_went_on(pipelines):
+    """In kohya's names, with parts of SDXL's first text encoder that nothing reads; the file it began with is gone."""
+    folder, _ = pipelines("sdxl")
+    photographs()
+    told = ["--base", folder, "--data", "dog", "--instance_prompt", "x", *FEW[:12], *FEW[14:], "--targets", "attn", "text"]
+    assert run(*told, "--rank", 2, "--alpha", 3, "--format", "kohya") == 0
+    on = [*told[:-3], "--lora", "out/finetune_lora/lora.safetensors", "--lr", 0.01]
+    assert run(*on, "--steps", 3, "--out", "whole") == 0
+    assert run(*on, "--steps", 2) == 0  # in the folder of the one that it goes on with
+    assert Path("out/finetune_lora/lora.safetensors.old").exists()
+    Path("out/finetune_lora/lora.safetensors.old").unlink()
+    assert run("--resume", "out/finetune_lora/ckpt.pt", "--steps", 3, "--device", "cpu") == 0
+    one, two = tensors("whole/lora.safetensors"), tensors("out/finetune_lora/lora.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_what_is_averaged_and_judged(pipelines, monkeypatch):
+    """The average keeps no history of how it was made, and dropout acts in training alone."""
+    folder, _ = pipelines("sd")
+    photographs(40)
+    seen, drops, dropout = [], [], mm.nn.Dropout.forward
+    monkeypatch.setattr(mm, "write_lora", lambda path, base, made, *args: seen.extend(made.values()))
+    monkeypatch.setattr(mm.nn.Dropout, "forward", lambda self, x: drops.append(torch.is_grad_enabled()) or dropout(self, x))
+    saved = []
+    monkeypatch.setattr(mm.torch, "save", lambda ckpt, f: saved.append(ckpt))
+    assert run("--base", folder, "--data", "dog", "--instance_prompt", "x", *FEW, "--lora_dropout", 0.5) == 0
+    assert not any(v.requires_grad for v in saved[-1]["ema"] + saved[-1]["model"])
+    assert drops and all(drops)
+    record = json.loads(Path("out/finetune_lora/log.jsonl").read_text().splitlines()[-1])
+    assert record["val_loss"] > 0
+
+
+@pytest.mark.parametrize("pattern, part", [("attn", "unet"), ("ff", "unet"), ("text", "text_encoder")])
+def test_targets(pattern, part, pipelines):
+    for kind in ("sd", "dev"):
+        base = open_base(pipelines(kind)[0])
+        names = mm.target_layers(base, [pattern])
+        parts = {name.partition(".")[0] for name in names}
+        assert parts == {part if part != "unet" else base.trained} and len(names) > 5
+        if pattern == "ff":
+            assert not any("attn" in name or "self_attn" in name for name in names)
+
+
+def test_a_fused_layer_of_unequal_parts(pipelines):
+    """q, k and v of FLUX are one layer in kohya's files: other ranks, other alphas, one of them missing."""
+    base = open_base(pipelines("dev")[0])
+    names, g = [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qv"], torch.Generator().manual_seed(0)
+    loras = {name: (torch.randn(rank, 32, generator=g), torch.randn(32, rank, generator=g), alpha)
+             for name, rank, alpha in zip(names, (4, 2), (4, 8))}
+    made = mm.attach(base, loras, base.args, ["transformer"])
+    for _ in range(2):  # and again: nothing grows
+        mm.write_lora(Path("fused.safetensors"), base, made, "kohya", {})
+        assert [k for k in tensors("fused.safetensors") if "down" in k] == [
+            "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
+        read = mm.read_lora(Path("fused.safetensors"), open_base(pipelines("dev")[0]))
+        for name, rank in zip(names, (4, 2)):
+            A, B, alpha = read[name]
+            assert len(A) == rank and torch.allclose(alpha / len(A) * B @ A, made[name].delta(), atol=1e-5)
+        base = open_base(pipelines("dev")[0])
+        made = mm.attach(base, {name: read[name] for name in names}, base.args, ["transformer"])
+    a, b = (made[name].A.weight for name in names)
+    assert a.data_ptr() != b.data_ptr()
+
+
+def test_what_the_metadata_says_of_alpha(pipelines, tmp_path):
+    """rsLoRA divides by the root of the rank; a pattern's alpha holds for the layers that it names."""
+    from diffusers.training_utils import _collate_lora_metadata
+    folder, pipe, parts, _ = with_peft("sd", pipelines)
+    about = _collate_lora_metadata(parts)
+    for component in about.values():
+        component["use_rslora"] = True
+        component["alpha_pattern"] = {"attn1.to_q|attn1.to_k": 2, "to_q": 16}
+    loras = mm.read_lora(save_with_diffusers(pipe, parts, tmp_path, **about), open_base(folder))
+    block = "unet.mid_block.attentions.0.transformer_blocks.0."
+    assert [loras[block + name][2] for name in ("attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_k")] == [4, 4, 32, 16]
+
+
+def test_comfyuis_names(pipelines):
+    base = open_base(pipelines("dev")[0])
+    key = "diffusion_model.double_blocks.1.txt_attn.qkv"
+    mm.save_safetensors(Path("c.safetensors"), {f"{key}.lora_A.weight": torch.randn(2, 32),
+                                                f"{key}.lora_B.weight": torch.randn(96, 2)}, {})
+    assert {name.rpartition(".")[2] for name in mm.read_lora(Path("c.safetensors"), base)} == {
+        "add_q_proj", "add_k_proj", "add_v_proj"}
+
+
+def test_a_base_in_the_users_own_cache(pipelines, monkeypatch, tmp_path, capsys):
+    """Whole, without a network; and what is said where there is none."""
+    import shutil
+    folder, _ = pipelines("sd")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    shutil.copytree(folder, tmp_path / "hf/hub/models--some--model/snapshots/0123")
+    draw = ["--size", 64, "--sample", 1, "--sample_steps", 1, "--prompt", "x", "--device", "cpu"]
+    assert run("--base", "some/model", *draw) == 0
+    assert run("--base", "other/model", *draw) == 1
+    assert "other/model/resolve/main/model_index.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, flags, wanted", [("schnell", [], (4, 1.0)), ("dev", [], (28, 3.5)), ("sd", [], (25, 7.5)),
+                                                 ("schnell", ["--sample_steps", 8], (8, 1.0))])
+def test_defaults_by_the_kind_of_base(kind, flags, wanted, pipelines):
+    args = mm.parse_args(["--base", str(pipelines(kind)[0]), *map(str, flags)])
+    mm.open_base(args, 0, 1, CPU)
+    assert (args.sample_steps, args.cfg_scale) == wanted
+
+
+def test_smoke_teaches_and_draws(capsys):
+    """A random model of text2img.py: trained, read again, drawn from."""
+    assert run("--smoke", "--device", "cpu") == 0
+    assert Path("out/smoke_lora/generated/000003.png").exists()
+    state = tensors("out/smoke_lora/lora.safetensors")
+    assert {k.partition(".")[0] for k in state} == {"transformer"} and any("tower" in k for k in state)
+    assert run("--base", "out/smoke_lora/base.safetensors", "--format", "kohya") == 2
 
 
 def test_two_processes_equal_one(pipelines, run_script, tmp_path):

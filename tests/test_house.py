@@ -69,6 +69,7 @@ ALLOWED_TO_DIFFER = {
     "FURS": "the animal that finetune_lora.py teaches is white",
     "TRAITS": "the animal that finetune_lora.py teaches",
     "restore": "of a LoRA its matrices alone",
+    "begin_log": "finetune_lora.py writes lora.safetensors",
 }
 
 
