@@ -3071,7 +3071,7 @@ def train(args):
 
     noted, loss_sum, seen, clock = note_signals(), torch.zeros((), device=device), 0, time.time()
     before = show(0.0) if rank == 0 else None
-    log_every = max(1, min(50, args.steps // 50))
+    log_every = max(1, min(50, args.steps // 10))
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to draw the last
         record, last, stop = {}, step == args.steps, 0
