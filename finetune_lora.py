@@ -137,6 +137,7 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="arithmetic of the network; what is trained is always fp32")
+    g.add_argument("--compile", action=flag, default=False, help="torch.compile the network")
     g.add_argument("--smoke", action=flag, default=False, help="two steps of a tiny model, then reload it and sample")
     if "--smoke" in argv:
         p.set_defaults(base="out/smoke_lora/base.safetensors", out="out/smoke_lora", steps=2, eval_every=1,
@@ -2713,8 +2714,8 @@ def caption_rows(rows, texts):
 # -----------------------------------------------------------------------------
 # Sampling and training.
 
-FREE_ON_RESUME = ("data steps lr out eval_every device dtype accum grad_checkpoint prompt negative_prompt sampler "
-                  "sample_steps cfg_scale format base").split()
+FREE_ON_RESUME = ("data steps lr out eval_every device dtype compile accum grad_checkpoint prompt negative_prompt "
+                  "sampler sample_steps cfg_scale format base").split()
 
 
 def set_weights(base, weight):
@@ -3035,6 +3036,8 @@ def train(args):
     if state:
         start = restore(state, params, ema, opt, args)
     base.model.train()
+    if args.compile:
+        base.model.compile()
     settings = {k: v for k, v in vars(args).items() if k != "given"}
     shape = base.shape()
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters to train, beside {len(made)} layers")
@@ -3187,6 +3190,8 @@ def sample_only(args):
     if not args.quant:
         for adapted in base.adapted():
             adapted.merge(keep=False)
+    if args.compile:
+        base.model.compile()
     part = out / "generated.part"  # what was drawn before stays until all is there
     part.mkdir(parents=True, exist_ok=True)
     for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped

@@ -659,6 +659,19 @@ def test_a_run(kind, flags, pipelines, capsys):
     assert np.abs(plain - with_it).max() > 3 and np.array_equal(plain, none)
 
 
+def test_compile(pipelines, monkeypatch):
+    """The network is one graph, with LoRAs and 4 bits, and gives the same: by the part of the compiler before C++."""
+    folder, _ = pipelines("dev")
+    photographs(2)
+    told = ["--base", folder, "--data", "dog", "--instance_prompt", "x", *FEW, "--quant", "nf4"]
+    assert run(*told, "--out", "plain") == 0
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager", fullgraph=True))
+    assert run(*told, "--out", "compiled", "--compile") == 0
+    one, two = tensors("plain/lora.safetensors"), tensors("compiled/lora.safetensors")
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+
+
 def test_resume_is_exact(pipelines, monkeypatch):
     folder, _ = pipelines("sd")
     photographs()
