@@ -794,6 +794,26 @@ def test_resume_is_exact(cached, monkeypatch):
     assert all(torch.equal(one[k], two[k]) for k in one) and set(one) == set(two)
 
 
+def test_the_guidance_that_is_shown(cached, monkeypatch):
+    """guidance.png: the same noise at four scales."""
+    scales, generate = [], mm.generate
+    monkeypatch.setattr(mm, "generate", lambda *args, **more: scales.append(args[2].cfg_scale) or generate(*args, **more))
+    assert run(*SMALL, "--out", "shown") == 0
+    first = scales.index(1.0)
+    assert scales[first:first + 4] == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_a_tokenizer_that_has_changed(cached, capsys):
+    """The same path, other weights: the latents would no longer be those of the model."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {k: v + 0.01 * torch.randn(v.shape, generator=g) for k, v in mm.TinyVAE().state_dict().items()}
+    mm.save_safetensors(Path("own.safetensors"), tensors, {})
+    assert run(*SMALL, "--vae", "own.safetensors", "--out", "own") == 0
+    mm.save_safetensors(Path("own.safetensors"), {k: 2 * v for k, v in tensors.items()}, {})
+    assert run("--resume", "own/ckpt.pt", "--device", "cpu", "--steps", 3) == 2
+    assert "not the tokenizer" in capsys.readouterr().err
+
+
 def test_bf16_and_fp32(cached, monkeypatch):
     monkeypatch.setattr(mm, "sample_only", lambda args: None)  # of --smoke, with its own --dtype
     seen, stream = set(), set()
