@@ -225,6 +225,8 @@ def test_the_old_names_of_an_autoencoder(pipelines, tmp_path):
     one = mm.open_vae([folder / "vae/diffusion_pytorch_model.safetensors"], dict(norm_num_groups=8))
     two, x = mm.open_vae([tmp_path / "old.safetensors"], dict(norm_num_groups=8)), normal(1, 3, 16, 16)
     assert torch.equal(one.encode(x), two.encode(x))
+    scaled = mm.open_vae([tmp_path / "old.safetensors"], dict(norm_num_groups=8, scaling_factor=0.5))
+    assert mm.fingerprint(one) == mm.fingerprint(two) != mm.fingerprint(scaled)
 
 
 # What reads a text
