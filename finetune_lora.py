@@ -9,8 +9,8 @@
     torchrun --nproc_per_node=8 finetune_lora.py --base FOLDER --data my_style.zip
 
 Expected, first line: 84 s on two cores of a shared Intel Xeon (torch 2.13.0), about 40 of them before the first step,
-mostly to draw what the base should not forget; loss 0.204, val_loss 0.352; of 48 pandas of combinations that training never had 96 % are as told
-(README.md). GPU: not measured yet.
+mostly to draw what the base should not forget; loss 0.204, val_loss 0.352; of 48 pandas of combinations that training
+never had 96 % are as told (README.md). GPU: not measured yet.
 Writes out/finetune_lora/: lora.safetensors (diffusers' and PEFT's names; --format kohya: kohya's), ckpt.pt, log.jsonl,
 loss.png, samples/ with the base on the left and the LoRA on the right; with --sample generated/ and generated.png.
 
