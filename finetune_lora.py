@@ -1534,7 +1534,7 @@ def find_base(name):
         return file
 
     def weights(part, stem):
-        index = find(f"{part}/{stem}.safetensors.index.json")
+        index = find(f"{part}/{stem}.safetensors.index.json", f"{part}/{stem}.safetensors.index.fp16.json")
         if index is None:
             return [need(f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors")]
         try:
@@ -1722,22 +1722,21 @@ class StableDiffusion(Base):
             self.prompts = self.parts["text_encoder"] = self.parts["text_encoder_2"] = None
 
     def tokenise(self, texts):
-        """-> ids (texts, 77) for each encoder."""
+        """-> ids (texts, 77) for each encoder; in SDXL also sizes (texts, 6) as drawn_sizes() has them."""
         ids, cut = zip(*(prompts.ids(texts) for prompts in self.prompts))
         self.too_long += max(cut)
-        return [a.to(self.device) for a in ids]
+        sizes = [drawn_sizes([[self.args.size] * 2] * len(texts), self.args.size)] * (self.kind == "sdxl")
+        return [a.to(self.device) for a in (*ids, *sizes)]
 
-    def cached_part(self, *ids):
-        return ids
+    def cached_part(self, *given):
+        return given
 
-    def read(self, *ids):
-        """ids (B, 77) of each encoder -> context (B, 77, D), in SDXL with pooled (B, P) and six numbers of the size."""
-        read = [prompts.read(i) for prompts, i in zip(self.prompts, ids)]
+    def read(self, *given):
+        """What tokenise() gave -> context (B, 77, D), in SDXL with pooled (B, P) and sizes (B, 6)."""
+        read = [prompts.read(ids) for prompts, ids in zip(self.prompts, given)]
         if self.kind == "sd":
             return [read[0][1]]
-        side = self.args.size
-        sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(ids[0]), device=self.device).float()
-        return [torch.cat([before for before, _, _ in read], 2), read[1][2], sizes]
+        return [torch.cat([before for before, _, _ in read], 2), read[1][2], given[2]]
 
     def null(self, text, told):  # in SDXL zeros where that is empty
         zeros = self.kind == "sdxl" and read_json(self.files["sdxl"][0]).get("force_zeros_for_empty_prompt", True)
@@ -1772,6 +1771,15 @@ class StableDiffusion(Base):
         sigmas = [*t_of, last]
         only_noise = args.sampler == "euler" and spacing != "leading"            # as diffusers begins
         return sample(eps_at, z * (sigmas[0] if only_noise else math.sqrt(1 + sigmas[0] ** 2)), args.sampler, sigmas)
+
+
+def drawn_sizes(sides, size):
+    """What SDXL is told of a picture, 2307.01952 section 2.2, lest it draw as blurred as one that was enlarged, or as
+    cut as one that was cropped: sides (N, 2), height and width of the files -> (N, 6), these, top and left of the
+    centre crop at --size, and --size twice."""
+    sides = torch.tensor(sides, dtype=torch.float32)
+    crop = (sides * (size / sides.amin(1, keepdim=True)) - size) / 2
+    return torch.cat([sides, crop.round(), torch.full_like(sides, size)], 1)
 
 
 def spaced(n, T, spacing, offset, sampler):
@@ -2048,6 +2056,9 @@ def read_lora(path, base):
         peft = json.loads(about.get("lora_adapter_metadata", "{}"))
     except ValueError:
         raise Stop(f"the metadata of {path} is no JSON")
+    beside = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and beside.is_file():  # as PEFT itself saves
+        peft = {f"{base.trained}.{k}": v for k, v in read_json(beside).items()}
     loras = {}
     for names, pair in found.items():
         part, _, rest = names[0].partition(".")
@@ -2292,11 +2303,13 @@ def drawn_pandas(size):
 
 
 def read_examples(data, size, instance_prompt):
-    """What --data names -> pictures uint8 (N, size, size, 3), a list of captions for each, what could not be used,
-    and the numbers of those to train on and of those held out, a tenth if there are 40. Raises Stop."""
+    """What --data names -> pictures uint8 (N, size, size, 3), height and width that each had, a list of captions for
+    each, what could not be used, and the numbers of those to train on and of those held out, a tenth if there are 40.
+    Raises Stop."""
     path, broken, pictures, texts = Path(data), [], [], []
     if data == "drawn_pandas":
         pictures, texts = drawn_pandas(size)
+        sides = [(size, size)] * len(pictures)
     elif path.suffix == ".npz" and path.is_file():
         try:
             with zipfile.ZipFile(path), np.load(path) as f:
@@ -2308,21 +2321,24 @@ def read_examples(data, size, instance_prompt):
         if captions is not None and (captions.dtype.kind != "U" or captions.shape[:1] != images.shape[:1]):
             raise Stop(f"{path}: captions has to be text, (N,) or (N, captions of each) with N = {len(images)}")
         pictures = [np.asarray(ImageOps.fit(Image.fromarray(im), (size, size), Image.LANCZOS)) for im in images]
+        sides = [images.shape[1:3]] * len(pictures)
         texts = [None] * len(pictures) if captions is None else [[t for t in c if t] or [""] for c in
                                                                   captions.reshape(len(images), -1).tolist()]
     else:
         names, _, _, _ = list_pictures(path)
-        captions = {} if instance_prompt else read_captions(path, names)
+        captions, sides = {} if instance_prompt else read_captions(path, names), []
         archive = None if path.is_dir() else zipfile.ZipFile(path)
         for name in tqdm([*sorted(captions.keys() - set(names)), *names], "reading", disable=None):
             try:
                 if isinstance(captions.get(name), str):
                     raise ValueError(captions[name])
-                if archive:
-                    with archive.open(name) as f:
-                        pictures.append(read_picture(f, size))
-                else:
-                    pictures.append(read_picture(path / name, size))
+                with archive.open(name) if archive else open(path / name, "rb") as f:
+                    picture = read_picture(f, size)
+                    f.seek(0)
+                    with Image.open(f) as im:
+                        turned = im.getexif().get(274, 1) > 4  # EXIF: lies on its side
+                        sides.append(im.size if turned else im.size[::-1])
+                pictures.append(picture)
                 texts.append(captions.get(name))
             except Exception as e:  # a broken file can raise anything in Pillow or zipfile
                 why = f"{name}: {str(e) or type(e).__name__}".splitlines()[0]
@@ -2338,7 +2354,7 @@ def read_examples(data, size, instance_prompt):
                    "write a metadata.jsonl, or say --instance_prompt TEXT for all of them")
     n = len(pictures)
     held = np.arange(12, 24) if data == "drawn_pandas" else np.arange(0, n, 10) if n >= 40 else np.arange(0)
-    return np.stack(pictures), texts, broken, np.setdiff1d(np.arange(n), held), held
+    return np.stack(pictures), sides, texts, broken, np.setdiff1d(np.arange(n), held), held
 
 
 @torch.no_grad()
@@ -2835,6 +2851,12 @@ def open_base(args, rank, world, device):
     return base
 
 
+def texts_of(data, texts, pictures):
+    """Texts of these numbers, as prepare() gave them; in SDXL with the sizes of the pictures that they go with."""
+    text = pick(data.text, texts)
+    return text if data.sizes is None else [*text[:-1], data.sizes[pictures]]
+
+
 def pick(text, k):
     """Texts number k of what prepare() gave."""
     return [None if a is None else a[k] for a in text]
@@ -2859,7 +2881,7 @@ def train_batch(data, args, step, base, rank, world):
     whole batch from (seed, step), so that any number of processes trains on the same numbers."""
     B, g = args.batch_size, torch.Generator().manual_seed(mix(BATCH, args.seed, step))
     t, u = base.times(B, g), torch.rand((B, 2), generator=g)
-    mine, rows, texts = range(B * rank // world, B * (rank + 1) // world), [], []
+    mine, rows, texts, shown = range(B * rank // world, B * (rank + 1) // world), [], [], []
     for k in mine:
         place, numbers = step * B + k, data.train
         if len(data.preserved):  # every other one keeps the class as it was
@@ -2867,9 +2889,10 @@ def train_batch(data, args, step, base, rank, world):
         i = numbers[shuffled(len(numbers), args.seed, place // len(numbers))[place % len(numbers)]]
         rows.append(data.latents[int(args.flip and u[k, 0] < 0.5), i])
         texts.append(data.text_of[i][int(u[k, 1] * len(data.text_of[i]))])
+        shown.append(i)
     z0 = to_device(torch.stack(rows), base.device).float()
     eps = torch.randn((B, *z0.shape[1:]), generator=torch.Generator().manual_seed(mix(NOISE, args.seed, step)))
-    return z0, to_device(eps[mine.start:mine.stop], base.device), t[mine.start:mine.stop], pick(data.text, texts)
+    return z0, to_device(eps[mine.start:mine.stop], base.device), t[mine.start:mine.stop], texts_of(data, texts, shown)
 
 
 def train_step(base, params, opt, batch, args, amp):
@@ -2903,7 +2926,8 @@ def validate(base, data, args, amp):
         t = base.even_times(8)
         z0 = data.latents[0, i].to(base.device).float().expand_as(eps)
         with amp():
-            total += base.loss(z0, eps, t, base.features(pick(data.text, [data.text_of[i][0]] * 8))).mean().item()
+            text = base.features(texts_of(data, [data.text_of[i][0]] * 8, [i] * 8))
+            total += base.loss(z0, eps, t, text).mean().item()
     return total / len(data.val)
 
 
@@ -2978,7 +3002,7 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise Stop(f"--out {out} cannot be made: {e.strerror}")
-    pictures, captions, broken, train_on, held = read_examples(args.data, args.size, args.instance_prompt)
+    pictures, sides, captions, broken, train_on, held = read_examples(args.data, args.size, args.instance_prompt)
     digest = hashlib.sha256(pictures)
     digest.update(repr(captions).encode(errors="replace"))
     key = digest.hexdigest()[:16]
@@ -2997,7 +3021,7 @@ def train(args):
         loras = {name: (*map(torch.zeros, lora_shapes(base.layers()[name], rank)), alpha) for name, (rank, alpha) in
                  layers_of(state, base, args.resume).items()}
     else:
-        loras = read_lora(args.lora[0], base) if args.lora else dict.fromkeys(target_layers(base, args.targets))
+        loras = read_lora(Path(args.lora[0]), base) if args.lora else dict.fromkeys(target_layers(base, args.targets))
     torch.manual_seed(mix(INIT, args.seed))
     readers = [part for part in base.parts if part != base.trained]
     made = attach(base, loras, args, readers)
@@ -3005,7 +3029,7 @@ def train(args):
     shown = read_prompts(args.prompt) if args.prompt else [captions[i][0] for i in (*held, *train_on)]
     shown = list(dict.fromkeys(shown))[:4]
     number = {t: k for k, t in enumerate(dict.fromkeys([t for texts in captions for t in texts] + shown))}
-    kept = read_prompts(args.class_prompt) if args.class_prompt else []
+    kept = read_prompts(args.class_prompt, "--class_prompt") if args.class_prompt else []
     if args.data == "drawn_pandas" and base.kind == "text2img":
         kept = kept or base.prompts  # what it can draw, and should go on drawing
     kept = kept[:args.class_images]
@@ -3020,6 +3044,7 @@ def train(args):
         torch.cuda.empty_cache()  # of what read the texts
     base.load_vae()
     data = SimpleNamespace(train=train_on, val=held[:12], preserved=[], text=text,
+                           sizes=drawn_sizes(sides, args.size) if base.kind == "sdxl" else None,
                            text_of=[[number[t] for t in texts] for texts in captions],
                            latents=latents_of(base, pictures, args.flip, amp))
     base.load_model()
@@ -3028,6 +3053,8 @@ def train(args):
         drawn = class_pictures(base, args, kept, pick(text, k), text_null, amp, rank)
         data.preserved = np.arange(len(pictures), len(pictures) + len(drawn))
         data.text_of += [[i] for i in k]
+        if data.sizes is not None:
+            data.sizes = torch.cat([data.sizes, drawn_sizes([[args.size] * 2] * len(drawn), args.size)])
         data.latents = torch.cat([data.latents, latents_of(base, drawn, args.flip, amp)], 1)
     made |= attach(base, loras, args, [base.trained])
     params = [p for lora in made.values() for p in lora.parameters()]
@@ -3136,19 +3163,19 @@ def train(args):
     sum_over_ranks(torch.zeros(1, device=device)).item()
 
 
-def read_prompts(given):
-    """--prompt: texts, and .txt files with one a line -> texts. Raises Stop."""
+def read_prompts(given, flag="--prompt"):
+    """Texts, and .txt files with one a line -> texts. Raises Stop."""
     prompts = []
     for text in given:
         try:
             lines = Path(text).read_text(encoding="utf-8-sig").splitlines() if text.lower().endswith(".txt") else [text]
         except OSError as e:
-            raise Stop(f"--prompt {text} cannot be read: {e.strerror}")
+            raise Stop(f"{flag} {text} cannot be read: {e.strerror}")
         except UnicodeDecodeError:
-            raise Stop(f"--prompt {text} is not UTF-8")
+            raise Stop(f"{flag} {text} is not UTF-8")
         prompts += [line.strip() for line in lines if line.strip() or lines == [text]]
     if not prompts:
-        raise Stop(f"--prompt {' '.join(given)} is empty")
+        raise Stop(f"{flag} {' '.join(given)} is empty")
     return prompts
 
 
@@ -3251,8 +3278,11 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own
         if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
             raise
-        sentence, code = "out of memory: say --quant nf4 or --grad_checkpoint, or raise --accum, or lower --size or " \
-                         "--batch_size", 1
+        ways = {"--quant nf4": args.quant != "nf4", "--dtype bf16": args.dtype == "fp32",
+                "--grad_checkpoint": not args.sample and not args.grad_checkpoint,
+                f"--accum {args.batch_size}": not args.sample and args.accum < (args.batch_size or 1),
+                f"a --size below {args.size}": True}
+        sentence, code = "out of memory; what helps: " + ", or ".join(way for way in ways if ways[way]), 1
     if sentence:  # before the next line, which can wait for ranks that are gone
         print(f"finetune_lora.py: {sentence}", file=sys.stderr, flush=True)
     if dist.is_initialized():

@@ -5,7 +5,11 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -796,6 +800,139 @@ def test_defaults_by_the_kind_of_base(kind, flags, wanted, pipelines):
     assert (args.sample_steps, args.cfg_scale) == wanted
 
 
+@pytest.mark.parametrize("targets", ["attn", "text"])
+def test_sdxl_is_told_of_enlargement_and_crop(targets, pipelines, monkeypatch):
+    """2307.01952 section 2.2: height and width of the file, as it stands, and where the square of 64 pixels was cut."""
+    folder, _ = pipelines("sdxl")
+    Path("dog").mkdir()
+    wide, small, turned = Image.new("RGB", (300, 128)), Image.new("RGB", (32, 32)), Image.new("RGB", (300, 128))
+    exif = Image.Exif()
+    exif[274] = 6  # lies on its side: 128 wide, 300 high
+    turned.save("dog/0.jpg", exif=exif)
+    wide.save("dog/1.png")
+    small.save("dog/2.png")
+    seen, loss = set(), mm.diffusion_loss
+
+    def watched(model, z0, eps, t, text, *more):
+        seen.update(tuple(map(int, row)) for row in text[2].tolist())
+        return loss(model, z0, eps, t, text, *more)
+    monkeypatch.setattr(mm, "diffusion_loss", watched)
+    told = [300, 128, 43, 0, 64, 64], [128, 300, 0, 43, 64, 64], [32, 32, 0, 0, 64, 64]
+    flags = ["--base", folder, "--data", "dog", "--instance_prompt", "x", *FEW, "--steps", 4, "--targets", targets]
+    assert run(*flags) == 0
+    assert seen == set(map(tuple, told))
+    seen.clear()
+    assert run(*flags, "--class_prompt", "a dog", "--class_images", 2) == 0
+    assert seen == {*map(tuple, told), (64, 64, 0, 0, 64, 64)}
+
+
+class Hub:
+    """A hub on this machine, with the files of one folder as some/model; gated unless `token` comes along. Answers
+    break off after `limit` bytes."""
+
+    def __init__(self, folder, token=None, limit=None):
+        hub, self.asked, self.limit = self, [], limit
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                file = folder / self.path.removeprefix("/some/model/resolve/main/")
+                allowed = token is None or self.headers.get("Authorization") == f"Bearer {token}"
+                status = 401 if not allowed else 200 if file.is_file() else 404
+                body = file.read_bytes() if status == 200 else b""
+                first = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+                hub.asked.append((self.command, self.path.removeprefix("/some/model/resolve/main/"), first))
+                self.send_response(206 if first else status)
+                self.send_header("Content-Length", str(len(body) - first))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body[first:][:hub.limit])
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+
+DRAW = ["--base", "some/model", "--size", 64, "--sample", 1, "--sample_steps", 1, "--prompt", "x", "--device", "cpu"]
+
+
+def test_a_gated_base(pipelines, monkeypatch, capsys):
+    folder, _ = pipelines("sd")
+    monkeypatch.setenv("HF_HUB_CACHE", "hub")
+    with Hub(folder, token="hf_x") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert run(*DRAW) == 1
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and "HF_TOKEN" in said[0] and "agree to its licence" in said[0]
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        assert run(*DRAW) == 0
+        asked = len(hub.asked)
+        assert run(*DRAW) == 0
+        names = {name for _, name, _ in hub.asked[asked:]}
+        assert all(not (folder / name).exists() for name in names), "what was downloaded is not asked for again"
+
+
+def test_a_download_that_breaks_off_goes_on(pipelines, monkeypatch, capsys):
+    folder, _ = pipelines("sd")
+    monkeypatch.setenv("HF_HUB_CACHE", "hub")
+    with Hub(folder, limit=20_000) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert run(*DRAW) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "broke off" in said and "start again to go on" in said
+        part = next(Path("data/weights").rglob("*.part"))
+        have, hub.limit = part.stat().st_size, None
+        assert have > 0
+        hub.asked.clear()
+        assert run(*DRAW) == 0, capsys.readouterr().err
+        assert ("GET", str(part.relative_to("data/weights/some/model"))[:-5], have) in hub.asked
+
+
+def test_shards_and_half_precision(pipelines, tmp_path):
+    """The names that diffusers gives to a network in several files, with a variant and without."""
+    import shutil
+    folder, pipe = pipelines("sd")
+    expected, drawn = None, []
+    for variant, size in ((None, "10GB"), (None, "100KB"), ("fp16", "100KB"), ("fp16", "10GB")):
+        shutil.copytree(folder, tmp_path / "base")
+        shutil.rmtree(tmp_path / "base/unet")
+        pipe.unet.to(torch.float32).save_pretrained(tmp_path / "base/unet", variant=variant, max_shard_size=size)
+        files = sorted(p.name for p in (tmp_path / "base/unet").glob("*.safetensors"))
+        assert (len(files) > 1) == (size == "100KB") and all((variant or "model") in name for name in files)
+        network = open_base(tmp_path / "base").model
+        expected = expected or network.state_dict()
+        drawn.append(all(torch.equal(v, expected[k]) for k, v in network.state_dict().items()))
+        shutil.rmtree(tmp_path / "base")
+    pipe.unet.to(torch.float64)
+    assert all(drawn)
+
+
+def test_a_folder_of_pefts(pipelines, tmp_path):
+    """What peft itself saves: alpha stands in adapter_config.json beside the weights."""
+    from peft import LoraConfig, get_peft_model
+    folder, pipe = pipelines("sd")
+    network = get_peft_model(type(pipe).from_pretrained(folder).unet, LoraConfig(
+        r=4, lora_alpha=12, target_modules=["to_q", "to_k"], alpha_pattern={"attn1.to_k": 6}))
+    network.save_pretrained(tmp_path / "peft")
+    loras = mm.read_lora(tmp_path / "peft/adapter_model.safetensors", open_base(folder))
+    alphas = {name[-10:]: alpha for name, (_, _, alpha) in loras.items()}
+    assert alphas == {"attn1.to_q": 12, "attn1.to_k": 6, "attn2.to_q": 12, "attn2.to_k": 12}
+
+
 def test_smoke_teaches_and_draws(capsys):
     """A random model of text2img.py: trained, read again, drawn from."""
     assert run("--smoke", "--device", "cpu") == 0
@@ -825,6 +962,64 @@ def test_the_loss_goes_down(pipelines):
                "--batch_size", 8) == 0
     losses = [json.loads(line)["loss"] for line in Path("out/finetune_lora/log.jsonl").read_text().splitlines()]
     assert np.mean(losses[-2:]) < 0.85 * np.mean(losses[:2])
+
+
+# A full disk, kill -9, no memory
+
+
+def test_a_full_disk_while_saving(pipelines, capsys):
+    """Files may not grow beyond what was saved before: one sentence, what was there stays, and it goes on later."""
+    resource = pytest.importorskip("resource")
+    folder, _ = pipelines("sd")
+    photographs(2)
+    assert run("--base", folder, "--data", "dog", "--instance_prompt", "x", *FEW) == 0
+    out, whole = Path("out/finetune_lora"), {}
+    whole = {name: (out / name).read_bytes() for name in ("ckpt.pt", "lora.safetensors")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole["ckpt.pt"]) // 2, limits[1]))
+        assert run("--resume", out / "ckpt.pt", "--steps", 4, "--device", "cpu") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "File too large" in said[0] and "intact" in said[0]
+    assert all((out / name).read_bytes() == before for name, before in whole.items()) and not list(out.rglob("*.part"))
+    assert run("--resume", out / "ckpt.pt", "--steps", 4, "--device", "cpu") == 0
+
+
+def test_kill(tmp_path):
+    """Killed at once while it trains: what was saved last is whole, and the run goes on from there."""
+    mm.save_random_base(Path("base.safetensors"))
+    flags = ["--base", "base.safetensors", "--class_images", "0", "--eval_every", "1", "--rank", "2", "--sample_steps", "1"]
+    with open("err.txt", "w") as err, subprocess.Popen([sys.executable, ROOT / "finetune_lora.py", *flags, "--steps", "9999"],
+                                                       stdout=subprocess.DEVNULL, stderr=err) as process:
+        deadline = time.time() + 90
+        while not Path("out/finetune_lora/samples/000002.png").exists() and process.poll() is None:
+            assert time.time() < deadline
+            time.sleep(0.05)
+        process.kill()
+    assert process.returncode == -9
+    step = torch.load("out/finetune_lora/ckpt.pt")["step"]
+    assert step >= 2 and tensors("out/finetune_lora/lora.safetensors")
+    assert run("--resume", "out/finetune_lora/ckpt.pt", "--steps", step + 1, "--device", "cpu") == 0
+    steps = [json.loads(line)["step"] for line in Path("out/finetune_lora/log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, step + 2)) and not list(Path("out").rglob("*.part"))
+
+
+@pytest.mark.parametrize("flags, helps, not_again", [
+    ([], ["--quant nf4", "--grad_checkpoint", "--accum 2", "--size below 64"], ["--dtype"]),
+    (["--quant", "nf4", "--grad_checkpoint", "--accum", 2], ["--size"], ["--quant", "--grad_checkpoint", "--accum"]),
+    (["--sample", 1, "--prompt", "x"], ["--quant"], ["--grad_checkpoint", "--accum", "--batch_size"])])
+def test_out_of_memory_names_what_helps(flags, helps, not_again, pipelines, monkeypatch, capsys):
+    folder, _ = pipelines("sd")
+    photographs(1)
+    monkeypatch.setattr(mm, "sample" if "--sample" in flags else "train_step", lambda *args: torch.empty(1 << 50))
+    told = [*FEW[:2], "--dtype", "auto", *FEW[4:]]
+    assert run("--base", folder, "--data", "dog", "--instance_prompt", "x", *told, "--sampler", "ddim", *flags) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("finetune_lora.py: out of memory") and all(flag in said for flag in helps), said
+    assert not any(flag in said for flag in not_again), said
 
 
 # Wrong input
