@@ -56,16 +56,14 @@ from tqdm import tqdm
 # Knobs. The kind of the base, which its files tell, fills in what is not given by hand.
 
 DEFAULT_BASE = "out/text2img/model.safetensors"
+COMMON = dict(size=512, rank=16, targets=["attn"], steps=1000, batch_size=1, lr=1e-4, eval_every=250, sampler="euler",
+              class_images=100)
 PRESETS = {
-    "text2img": dict(size=64, rank=16, targets=["attn", "ff", "text"], steps=100, batch_size=16, lr=1e-3,
-                     eval_every=50, sampler="euler", sample_steps=50, cfg_scale=1.5, class_images=48),
-    "sd": dict(size=512, rank=16, targets=["attn"], steps=1000, batch_size=2, lr=1e-4, eval_every=250,
-               sampler="dpmpp_2m", sample_steps=25, cfg_scale=7.5, class_images=100),
-    "sdxl": dict(size=1024, rank=16, targets=["attn"], steps=1000, batch_size=1, lr=1e-4, eval_every=250,
-                 sampler="euler", sample_steps=30, cfg_scale=5.0, class_images=100),
-    "flux": dict(size=512, rank=16, targets=["attn"], steps=1000, batch_size=1, lr=1e-4, eval_every=250,
-                 sampler="euler", sample_steps=28, cfg_scale=3.5, class_images=100),
-}
+    "text2img": COMMON | dict(size=64, targets=["attn", "ff", "text"], steps=100, batch_size=16, lr=1e-3, eval_every=50,
+                              sample_steps=50, cfg_scale=1.5, class_images=48),
+    "sd": COMMON | dict(batch_size=2, sampler="dpmpp_2m", sample_steps=25, cfg_scale=7.5),
+    "sdxl": COMMON | dict(size=1024, sample_steps=30, cfg_scale=5.0),
+    "flux": COMMON | dict(sample_steps=28, cfg_scale=3.5)}
 SAMPLERS = ["euler", "ddim", "dpmpp_2m"]
 TARGET_NAMES = {  # patterns of the names of the layers
     "attn": r"\.(attn\d?|cross)\.", "text": r"^text_encoder(_2)?\.encoder|\.tower\.encoder",
@@ -1497,75 +1495,85 @@ def read_json(file):
         raise Stop(f"cannot read {file}: {getattr(e, 'strerror', None) or e}")
 
 
+KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
+
+
+def find_file(base, *choices):
+    """The first of these files that --base has, a folder or a repository of the hub, or None. Raises Stop."""
+    for choice in choices:
+        if Path(base).is_dir():
+            if Path(base, choice).is_file():
+                return Path(base, choice)
+            continue
+        try:
+            return hub_file(base, choice)
+        except Stop as e:
+            if "says 401" in str(e) or "says 403" in str(e):
+                raise Stop(f"{base} is not there, or has to be asked for: agree to its licence on its page, and put "
+                           f"your key into HF_TOKEN ({e})", 1)
+            if "says 404" not in str(e):
+                raise
+    return None
+
+
+def need_file(base, *choices):
+    file = find_file(base, *choices)
+    if file is None:
+        raise Stop(f"--base {base} is incomplete: there is no {' or '.join(choices)}")
+    return file
+
+
+def weight_files(base, part, stem):
+    """The one file with the weights of a part, or the several that an index names."""
+    index = find_file(base, f"{part}/{stem}.safetensors.index.json", f"{part}/{stem}.safetensors.index.fp16.json")
+    if index is None:
+        return [need_file(base, f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors")]
+    try:
+        return [need_file(base, f"{part}/{shard}") for shard in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise Stop(f"{index} does not say where the weights are")
+
+
+def clip_vocabulary(base, part):
+    files = [find_file(base, f"{part}/vocab.json"), find_file(base, f"{part}/merges.txt")]
+    files = files if all(files) else [need_file(base, f"{part}/tokenizer.json", f"{part}/vocab.json"), None]
+    return files + [find_file(base, f"{part}/{name}") for name in ("special_tokens_map.json", "tokenizer_config.json")]
+
+
 def find_base(name):
     """--base -> {part: its files}: a model.safetensors of text2img.py, or the parts of a folder in the layout of
     diffusers, which can also be a repository of the hub. Raises Stop that says what is missing."""
-    folder = Path(name)
-    if folder.is_file():
-        return {"text2img": [folder]}
-
+    if Path(name).is_file():
+        return {"text2img": [Path(name)]}
+    if not Path(name).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name == DEFAULT_BASE):
+        raise Stop(f"--base {name} does not exist" + ("; python text2img.py makes it, in ten minutes"
+                                                      if name == DEFAULT_BASE else ""))
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     hub = Path(os.environ.get("HF_HUB_CACHE", hub), f"models--{name.replace('/', '--')}", "snapshots")
-    for index in sorted(hub.glob("*/model_index.json")) if not folder.is_dir() else ():
+    for index in sorted(hub.glob("*/model_index.json")) if not Path(name).is_dir() else ():
         try:
             return find_base(str(index.parent))  # whole, in the user's own cache
         except Stop:
             continue
 
-    def find(*choices):
-        for choice in choices:
-            if folder.is_dir() and (folder / choice).is_file():
-                return folder / choice
-            try:
-                if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-                    return hub_file(name, choice)
-            except Stop as e:
-                if "says 401" in str(e) or "says 403" in str(e):
-                    raise Stop(f"{name} is not there, or has to be asked for: agree to its licence on its page, and "
-                               f"put your key into HF_TOKEN ({e})", 1)
-                if "says 404" not in str(e):
-                    raise
-        return None
-
-    def need(*choices):
-        file = find(*choices)
-        if file is None:
-            raise Stop(f"--base {name} is incomplete: there is no {' or '.join(choices)}")
-        return file
-
-    def weights(part, stem):
-        index = find(f"{part}/{stem}.safetensors.index.json", f"{part}/{stem}.safetensors.index.fp16.json")
-        if index is None:
-            return [need(f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors")]
-        try:
-            return [need(f"{part}/{shard}") for shard in sorted(set(read_json(index)["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError):
-            raise Stop(f"{index} does not say where the weights are")
-
-    def vocabulary(part):
-        files = [find(f"{part}/vocab.json"), find(f"{part}/merges.txt")]
-        return files if all(files) else [need(f"{part}/tokenizer.json", f"{part}/vocab.json"), None]
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name == DEFAULT_BASE:
-        raise Stop(f"--base {name} does not exist" + ("; python text2img.py makes it, in ten minutes"
-                                                      if name == DEFAULT_BASE else ""))
-    index = read_json(need("model_index.json"))
-    if not isinstance(index, dict) or index.get("_class_name") not in KINDS:
-        raise Stop(f"--base {name} is a {index.get('_class_name') if isinstance(index, dict) else 'broken one'}; this "
-                   f"script knows {', '.join(KINDS)}")
-    kind = KINDS[index["_class_name"]]
-    files = {kind: [need("model_index.json")], "scheduler": [need("scheduler/scheduler_config.json")]}
-    for part in ("unet",) * (kind != "flux") + ("transformer",) * (kind == "flux") + ("vae",):
-        files[part] = [need(f"{part}/config.json"), *weights(part, "diffusion_pytorch_model")]
-    for part, tokenizer in [("text_encoder", "tokenizer")] + [("text_encoder_2", "tokenizer_2")] * (kind != "sd"):
-        files[part] = [need(f"{part}/config.json"), *weights(part, "model")]
-        files[tokenizer] = [need("tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")] \
-            if (kind, part) == ("flux", "text_encoder_2") else \
-            [*vocabulary(tokenizer), find(f"{tokenizer}/special_tokens_map.json"),
-             find(f"{tokenizer}/tokenizer_config.json")]
+    about = need_file(name, "model_index.json")
+    pipeline = read_json(about)
+    pipeline = pipeline.get("_class_name") if isinstance(pipeline, dict) else "broken one"
+    if pipeline not in KINDS:
+        raise Stop(f"--base {name} is a {pipeline}; this script knows {', '.join(KINDS)}")
+    kind = KINDS[pipeline]
+    files = {kind: [about], "scheduler": [need_file(name, "scheduler/scheduler_config.json")]}
+    for part in ("transformer" if kind == "flux" else "unet", "vae"):
+        files[part] = [need_file(name, f"{part}/config.json"), *weight_files(name, part, "diffusion_pytorch_model")]
+    for number in ("",) if kind == "sd" else ("", "_2"):
+        part = f"text_encoder{number}"
+        files[part] = [need_file(name, f"{part}/config.json"), *weight_files(name, part, "model")]
+        t5 = kind == "flux" and number
+        files[f"tokenizer{number}"] = clip_vocabulary(name, f"tokenizer{number}") if not t5 else \
+            [need_file(name, "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")]
     return files
 
 
-KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
 AUTOENCODERS = {  # what text2img.py calls --vae
     "sd": ("stabilityai/sd-vae-ft-ema", "diffusion_pytorch_model.safetensors", dict(scaling_factor=0.18215)),
     "sdxl": ("stabilityai/sdxl-vae", "diffusion_pytorch_model.safetensors", dict(scaling_factor=0.13025)),
@@ -3029,7 +3037,7 @@ def train(args):
     shown = read_prompts(args.prompt) if args.prompt else [captions[i][0] for i in (*held, *train_on)]
     shown = list(dict.fromkeys(shown))[:4]
     number = {t: k for k, t in enumerate(dict.fromkeys([t for texts in captions for t in texts] + shown))}
-    kept = read_prompts(args.class_prompt, "--class_prompt") if args.class_prompt else []
+    kept = read_prompts(args.class_prompt) if args.class_prompt else []
     if args.data == "drawn_pandas" and base.kind == "text2img":
         kept = kept or base.prompts  # what it can draw, and should go on drawing
     kept = kept[:args.class_images]
@@ -3163,19 +3171,19 @@ def train(args):
     sum_over_ranks(torch.zeros(1, device=device)).item()
 
 
-def read_prompts(given, flag="--prompt"):
+def read_prompts(given):
     """Texts, and .txt files with one a line -> texts. Raises Stop."""
     prompts = []
     for text in given:
         try:
             lines = Path(text).read_text(encoding="utf-8-sig").splitlines() if text.lower().endswith(".txt") else [text]
         except OSError as e:
-            raise Stop(f"{flag} {text} cannot be read: {e.strerror}")
+            raise Stop(f"prompts cannot be read from {text}: {e.strerror}")
         except UnicodeDecodeError:
-            raise Stop(f"{flag} {text} is not UTF-8")
+            raise Stop(f"{text} is not UTF-8")
         prompts += [line.strip() for line in lines if line.strip() or lines == [text]]
     if not prompts:
-        raise Stop(f"{flag} {' '.join(given)} is empty")
+        raise Stop(f"there is no prompt in {' '.join(given)!r}: it is empty")
     return prompts
 
 

@@ -2283,18 +2283,18 @@ def read_given(args, out, model, vae, device):
 
 
 def read_prompts(given):
-    """--prompt: texts, and .txt files with one a line -> texts. Raises Stop."""
+    """Texts, and .txt files with one a line -> texts. Raises Stop."""
     prompts = []
     for text in given:
         try:
             lines = Path(text).read_text(encoding="utf-8-sig").splitlines() if text.lower().endswith(".txt") else [text]
         except OSError as e:
-            raise Stop(f"--prompt {text} cannot be read: {e.strerror}")
+            raise Stop(f"prompts cannot be read from {text}: {e.strerror}")
         except UnicodeDecodeError:
-            raise Stop(f"--prompt {text} is not UTF-8")
+            raise Stop(f"{text} is not UTF-8")
         prompts += [line.strip() for line in lines if line.strip() or lines == [text]]
     if not prompts:
-        raise Stop(f"--prompt {' '.join(given)} is empty")
+        raise Stop(f"there is no prompt in {' '.join(given)!r}: it is empty")
     return prompts
 
 
