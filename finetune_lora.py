@@ -1499,7 +1499,7 @@ KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "
 
 
 def find_file(base, *choices):
-    """The first of these files that --base has, a folder or a repository of the hub, or None. Raises Stop."""
+    """The first of these files that a base has, a folder or a repository of the hub, or None. Raises Stop."""
     for choice in choices:
         if Path(base).is_dir():
             if Path(base, choice).is_file():
@@ -1519,7 +1519,7 @@ def find_file(base, *choices):
 def need_file(base, *choices):
     file = find_file(base, *choices)
     if file is None:
-        raise Stop(f"--base {base} is incomplete: there is no {' or '.join(choices)}")
+        raise Stop(f"{base} is incomplete: there is no {' or '.join(choices)}")
     return file
 
 
@@ -1541,13 +1541,12 @@ def clip_vocabulary(base, part):
 
 
 def find_base(name):
-    """--base -> {part: its files}: a model.safetensors of text2img.py, or the parts of a folder in the layout of
+    """A name -> {part: its files}: a model.safetensors of text2img.py, or the parts of a folder in the layout of
     diffusers, which can also be a repository of the hub. Raises Stop that says what is missing."""
     if Path(name).is_file():
         return {"text2img": [Path(name)]}
-    if not Path(name).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name == DEFAULT_BASE):
-        raise Stop(f"--base {name} does not exist" + ("; python text2img.py makes it, in ten minutes"
-                                                      if name == DEFAULT_BASE else ""))
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise Stop(f"{name} does not exist")
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     hub = Path(os.environ.get("HF_HUB_CACHE", hub), f"models--{name.replace('/', '--')}", "snapshots")
     for index in sorted(hub.glob("*/model_index.json")) if not Path(name).is_dir() else ():
@@ -1560,7 +1559,7 @@ def find_base(name):
     pipeline = read_json(about)
     pipeline = pipeline.get("_class_name") if isinstance(pipeline, dict) else "broken one"
     if pipeline not in KINDS:
-        raise Stop(f"--base {name} is a {pipeline}; this script knows {', '.join(KINDS)}")
+        raise Stop(f"{name} is a {pipeline}; this script knows {', '.join(KINDS)}")
     kind = KINDS[pipeline]
     files = {kind: [about], "scheduler": [need_file(name, "scheduler/scheduler_config.json")]}
     for part in ("transformer" if kind == "flux" else "unet", "vae"):
@@ -2832,6 +2831,8 @@ def save_random_base(path):
 
 def open_base(args, rank, world, device):
     """The base that --base names; args take over what its kind needs and was not given. Raises Stop."""
+    if args.base == DEFAULT_BASE and not Path(args.base).exists():
+        raise Stop(f"--base {args.base} does not exist; python text2img.py makes it, in ten minutes")
     files = on_each_node(functools.partial(find_base, args.base), rank, world)[int(os.environ.get("GROUP_RANK", 0))]
     kind = next(k for k in PRESETS if k in files)
     saved = read_model(files["text2img"][0], "text2img.py")[1] if kind == "text2img" else {}

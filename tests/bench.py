@@ -10,16 +10,19 @@
     python tests/bench.py --parts fid    # fid.py beside torch-fidelity, pytorch-fid and clean-fid; a quarter of an hour
     python tests/bench.py --parts dit    # latent_dit.py beside diffusers' transformer, and by tokens and processes
     python tests/bench.py --parts lora   # finetune_lora.py: a step beside diffusers and peft; what a new animal costs
+    python tests/bench.py --parts serve  # serve.py: images a second and waiting by the number of clients; ten minutes
     python tests/bench.py --parts nfe    # quality by calls of the network, of the models that it finds in out/
 
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
 """
 import argparse
+import collections
 import contextlib
 import copy
 import datetime
 import functools
 import hashlib
+import http.client
 import inspect
 import io
 import json
@@ -32,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -50,6 +54,7 @@ import ddpm_images as d  # noqa: E402
 import fid  # noqa: E402
 import finetune_lora  # noqa: E402
 import latent_dit  # noqa: E402
+import serve  # noqa: E402
 
 
 def machine(device):
@@ -1020,12 +1025,118 @@ def part_lora(args):
     table(["network", "bits", "layers", "mean", "worst"], rows)
 
 
+# -----------------------------------------------------------------------------
+# Part serve: how many pictures clients get of a server, and how long they wait, with continuous batching and without.
+
+
+class Clients:
+    """A server of its own process, and threads that ask it for pictures, each for the next when it has one."""
+
+    def __init__(self, ckpt, device, *flags):
+        command = [sys.executable, conftest.ROOT / "serve.py", "--ckpt", ckpt, "--port", "0", "--device", device, *flags]
+        began = time.perf_counter()
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        ready = json.loads(self.process.stdout.readline())
+        self.port, self.seconds_to_ready = int(ready["url"].rpartition(":")[2]), time.perf_counter() - began
+        self.lines = collections.deque(maxlen=1000)
+        threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.wait()
+
+    def ask(self, connection, **body):
+        """-> seconds, or None where the server had no room."""
+        began = time.perf_counter()
+        connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status not in (200, 429):
+            raise RuntimeError(f"the server answers {answer.status}")
+        return time.perf_counter() - began if answer.status == 200 else None
+
+    def load(self, clients, total, **body):
+        """`clients` at the same time, until there are `total` pictures -> seconds of each, images a second."""
+        took, numbers, lock, began = [], iter(range(total)), threading.Lock(), time.perf_counter()
+
+        def work():
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+            while True:
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                while (seconds := self.ask(connection, prompt=PROMPTS[number % len(PROMPTS)], seed=number, **body)) is None:
+                    time.sleep(0.05)
+                took.append(seconds)
+        threads = [threading.Thread(target=work) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sorted(took), len(took) / (time.perf_counter() - began)
+
+    def resident(self):
+        return int(Path(f"/proc/{self.process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+
+
+PROMPTS = ["a gray cat with green eyes on a blue background", "an orange fox with amber eyes on a pink background",
+           "a white rabbit", "a brown bear with blue eyes on a teal background"]
+
+
+def part_serve(args):
+    ckpt, rows, told = Path("out/text2img/model.safetensors"), [], dict(num_inference_steps=20)
+    if not ckpt.exists():
+        print(f"## serve: there is no {ckpt}; python text2img.py makes it\n")
+        return
+    found, ready = {}, []
+    for name, batch in (("together", "16"), ("one by one", "1")):
+        with Clients(ckpt, args.device, "--max_batch", batch, "--max_queue", "256") as server:
+            ready.append(server.seconds_to_ready)
+            server.load(1, 3, **told)
+            for clients in (1, 4, 16, 64):
+                found[name, clients] = server.load(clients, max(48, 4 * clients), **told)
+    for clients in (1, 4, 16, 64):
+        (took, speed), (took1, speed1) = found["together", clients], found["one by one", clients]
+        rows.append([f"{speed / speed1:.2f}", str(clients), *(f"{v:.1f}" for v in (speed, speed1)),
+                     *(f"{t[int(q * (len(t) - 1))]:.2f} s" for t in (took, took1) for q in (0.5, 0.99))])
+    print(f"## A server under load: {ckpt}, 20 guided steps\n\n{machine(args.device)}")
+    table(["speed, together / one by one", "clients", "images/s together", "one by one", "p50 together", "p99 together",
+           "p50 one by one", "p99 one by one"], rows)
+    with Clients(ckpt, args.device) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        model = serve.open_model(serve.parse_args(["--ckpt", str(ckpt), "--device", args.device]))
+        asked = dict(prompt=PROMPTS[0], negative_prompt="", output_format="png")
+        alone, through = [], []
+        for _ in range(40):
+            began = time.perf_counter()
+            picture = serve.Picture(serve.Job(asked, 1.0, ()), 0, 0, model.shape(model.size, model.size), [1.0, 0.0], ())
+            model.begin(picture)
+            serve.step(model, [picture])
+            serve.encode(model.decode(picture.z), asked)
+            alone.append(time.perf_counter() - began)
+            through.append(server.ask(connection, prompt=PROMPTS[0], seed=0, guidance_scale=1, num_inference_steps=1))
+        extra = 1000 * (statistics.median(through) - statistics.median(alone))
+        began, before, n = time.perf_counter(), [], 0
+        while time.perf_counter() - began < args.soak:
+            _, speed = server.load(8, 200, num_inference_steps=4, n=2)
+            before, n = [*before, server.resident()], n + 400
+        print("## What a server adds\n")
+        table(["start to ready", "a request of one step, over the same without a server", "pictures in the soak", "seconds",
+               "resident after its first, its middle, its last round"], [[
+                   f"{statistics.median(ready):.1f} s", f"{extra:.1f} ms", str(n), f"{time.perf_counter() - began:.0f}",
+                   ", ".join(f"{before[int(k * (len(before) - 1))]:.0f} MB" for k in (0, 0.5, 1))]])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     parts = {"plane": part_plane, "flow": part_flow, "step": part_step, "quality": part_quality,
              "prompts": part_prompts, "nfe": part_nfe, "fid": part_fid,
-             "dit": part_dit, "lora": part_lora}
+             "dit": part_dit, "lora": part_lora, "serve": part_serve}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
     p.add_argument("--images", type=int, default=1000, help="fid: images in each folder")
@@ -1033,6 +1144,7 @@ def main():
     p.add_argument("--ckpt", nargs="+", default=[], help="quality, prompts: model.safetensors files")
     p.add_argument("--scales", default="1,1.5,2,4", help="prompts: scales of the guidance, with commas between")
     p.add_argument("--samplers", default="ddpm:50", help="quality: NAME:STEPS,... for each --ckpt")
+    p.add_argument("--soak", type=float, default=60, help="serve: seconds of load to watch the memory over")
     p.add_argument("--pictures", nargs="+", default=[], help="quality: folders of pictures")
     p.add_argument("--n", type=int, default=512, help="quality: pictures to sample and to draw")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
