@@ -70,8 +70,9 @@ def parse_args(argv=None):
     p = Parser(prog="serve.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("model")
-    g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
+    g.add_argument("--ckpt", metavar="FILE|FOLDER|OWNER/NAME", help="the model.safetensors to sample from")
     g.add_argument("--lora_dir", metavar="FOLDER", help="its .safetensors are LoRAs that requests can name")
+    g.add_argument("--quant", choices=["int8", "nf4"], help="hold the frozen weights in 8 or 4 bits")
     g = p.add_argument_group("server")
     g.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine's")
     g.add_argument("--port", type=int, default=8000, help="port to listen at; 0: any that is free")
@@ -122,7 +123,7 @@ class Picture:
 
     def __init__(self, job, index, seed, shape, times, lora):
         self.job, self.index, self.seed, self.shape, self.times, self.lora = job, index, seed, shape, times, lora
-        self.z = self.text = self.text_null = None
+        self.z = self.text = self.text_null = self.before = None
         self.k = 0
 
     @property
@@ -131,9 +132,15 @@ class Picture:
         return self.shape, self.lora
 
 
+    def towards(self, x0):
+        """DPM-Solver++(2M), 2211.01095 algorithm 2: not to x0 as it is estimated now, but on from the last estimate."""
+        last, t, s = self.times[self.k - 1], self.times[self.k], self.times[self.k + 1]
+        return x0 if self.k == 0 or s == 0 else x0 + (x0 - self.before) * math.log(t / s) / (2 * math.log(last / t))
+
+
 @torch.no_grad()
 def step(model, pictures):
-    """The next step of pictures of one group -> an estimate of x0 of each. Those that are guided are in the batch
+    """The next step of pictures of one group -> the estimate of x0 of each. Those that are guided are in the batch
     twice, told their text and text_null (2207.12598); outside an interval of t guidance is left out (2404.07724)."""
     t, s = (torch.tensor([p.times[p.k + i] for p in pictures], device=model.device) for i in (0, 1))
     z = torch.stack([p.z for p in pictures])
@@ -147,9 +154,11 @@ def step(model, pictures):
         scale = torch.tensor([pictures[i].job.cfg_scale for i in guided], device=z.device).view(-1, 1, 1, 1)
         d = d.index_copy(0, torch.tensor(guided, device=z.device), without + scale * (d[guided] - without))
     t, s = t.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
-    for p, moved in zip(pictures, z + (s - t) * d):
-        p.z, p.k = moved, p.k + 1
-    return z - t * d
+    x0 = z - t * d
+    towards = torch.stack([p.towards(x) for p, x in zip(pictures, x0)]) if model.multistep else x0
+    for p, moved, x in zip(pictures, s / t * z + (1 - s / t) * towards, x0):     # z + (s - t) d, if towards x0
+        p.z, p.before, p.k = moved, x, p.k + 1
+    return x0
 
 
 class Job:
@@ -241,7 +250,7 @@ class Engine(threading.Thread):
 
 
 # -----------------------------------------------------------------------------
-# LoRA, as in finetune_lora.py.
+# LoRA and weights in 8 or 4 bits, as in finetune_lora.py.
 
 
 class LoRA(nn.Module):
@@ -303,6 +312,266 @@ class Adapted(nn.Module):
         """Exactly as it was: what is added cannot be taken away without rounding."""
         self.layer.weight.copy_(self.original)
         self.original = None
+
+NF4 = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0, 0.0795803, 0.1609302,
+       0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)  # 2305.14314 appendix E: quantiles of a Gaussian
+
+
+class Quantised(nn.Module):
+    """A frozen linear layer in 8 or 4 bits: in blocks of 64 weights, each with the scale at which its largest is 1.
+    nf4 takes the nearest of 16 numbers that a Gaussian makes equally likely (2305.14314), int8 of 255 even ones."""
+
+    def __init__(self, layer, kind):
+        super().__init__()
+        self.kind, (self.out_features, self.in_features) = kind, layer.weight.shape
+        w = F.pad(layer.weight.detach().float().flatten(), (0, -layer.weight.numel() % 64)).view(-1, 64)
+        scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        if kind == "int8":
+            scale = scale / 127
+            q = (w / scale).round().to(torch.int8)
+        else:
+            levels = torch.tensor(NF4, device=w.device)
+            q = torch.bucketize(w / scale, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()
+            q = q[:, ::2] * 16 + q[:, 1::2]                                      # two in a byte
+            pairs = torch.cartesian_prod(levels, levels).bfloat16()              # (256, 2), what a byte stands for
+            self.register_buffer("pairs", pairs, persistent=False)
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale.bfloat16())
+        self.bias = layer.bias
+
+    def unpack(self, dtype):
+        """-> the weight (out, in), nearly."""
+        w = (self.q if self.kind == "int8" else F.embedding(self.q.int(), self.pairs).flatten(1)).to(dtype)
+        w = (w * self.scale.to(dtype)).flatten()
+        return w[:self.out_features * self.in_features].view(self.out_features, self.in_features)
+
+    def forward(self, x):                                                        # (..., in)
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        y = FrozenProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)             # (..., out)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T with a Quantised W. It is unpacked a second time on the way back; autograd would keep it all the while."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return x @ layer.unpack(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.unpack(grad.dtype), None
+
+
+def quantise(model, name, kind):
+    """Puts a Quantised in the place of a linear layer."""
+    parent, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    setattr(parent, child, Quantised(getattr(parent, child), kind))
+
+
+# -----------------------------------------------------------------------------
+# The UNet of Stable Diffusion, 2112.10752. B images, C channels, D width of a token, L text tokens. The names of the
+# weights are those of the files, in diffusers' layout.
+
+
+def attention(q, k, v, heads):
+    """Multi-head attention of q (B, N, D) to k, v (B, L, D)."""
+    q, k, v = (a.unflatten(2, (heads, -1)).transpose(1, 2) for a in (q, k, v))   # (B, heads, N, D / heads)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Rerun(nn.Module):
+    """Modules whose parts forward() can compute a second time on the way back, instead of keeping all activations."""
+    grad_checkpoint = False
+
+    def call(self, block, *args):
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class SDAttention(nn.Module):
+    def __init__(self, D, context, heads):
+        super().__init__()
+        self.heads, self.to_q = heads, nn.Linear(D, D, bias=False)
+        self.to_k, self.to_v = nn.Linear(context, D, bias=False), nn.Linear(context, D, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(D, D)])
+
+    def forward(self, x, context):                                               # (B, N, D), (B, L, context)
+        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class FeedForward(nn.Module):
+    """An MLP, 4 D wide; gated with GEGLU, 2002.05202, in Stable Diffusion, in FLUX not."""
+
+    def __init__(self, D, gated):
+        super().__init__()
+        self.gated = gated
+        self.net = nn.ModuleList([nn.ModuleDict(dict(proj=nn.Linear(D, 8 * D if gated else 4 * D))), nn.Identity(),
+                                  nn.Linear(4 * D, D)])
+
+    def forward(self, x):                                                        # (B, N, D)
+        h = self.net[0]["proj"](x)                                               # (B, N, 4 D), or twice that
+        if self.gated:
+            h, gate = h.chunk(2, -1)
+            return self.net[2](h * F.gelu(gate))
+        return self.net[2](F.gelu(h, approximate="tanh"))
+
+
+class SDBlock(nn.Module):
+    """Attention among the positions, attention to the text, an MLP."""
+
+    def __init__(self, D, context, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(D) for _ in range(3))
+        self.attn1, self.attn2 = SDAttention(D, D, heads), SDAttention(D, context, heads)
+        self.ff = FeedForward(D, gated=True)
+
+    def forward(self, x, context):                                               # (B, N, D), (B, L, context)
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))                                        # (B, N, D)
+
+
+class SDTransformer(nn.Module):
+    """Blocks on the positions of a map. proj_in and proj_out are 1 x 1 convolutions in SD 1.5, linear in SDXL."""
+
+    def __init__(self, D, context, heads, depth, groups, linear):
+        super().__init__()
+        self.linear, self.norm = linear, nn.GroupNorm(groups, D, 1e-6)
+        self.proj_in, self.proj_out = (nn.Linear(D, D) if linear else nn.Conv2d(D, D, 1) for _ in range(2))
+        self.transformer_blocks = nn.ModuleList(SDBlock(D, context, heads) for _ in range(depth))
+
+    def forward(self, x, context):                                               # (B, D, H, W), (B, L, context)
+        h = self.norm(x)
+        h = self.proj_in(h.flatten(2).mT) if self.linear else self.proj_in(h).flatten(2).mT              # (B, H W, D)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h).mT.reshape(x.shape) if self.linear else self.proj_out(h.mT.reshape(x.shape))
+        return x + h
+
+
+class SDResBlock(nn.Module):
+    def __init__(self, c_in, c_out, emb, groups):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(groups, c_in, 1e-5), nn.GroupNorm(groups, c_out, 1e-5)
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb, c_out)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):                                                   # (B, c_in, H, W), (B, emb)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))         # (B, c_out, H, W)
+
+
+class TwoLayers(nn.Module):
+    """Of what the network is told beside the text: the time, the size, the strength of the guidance."""
+
+    def __init__(self, c_in, D):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(c_in, D), nn.Linear(D, D)
+
+    def forward(self, x):                                                        # (B, c_in)
+        return self.linear_2(F.silu(self.linear_1(x)))                           # (B, D)
+
+
+class SDUNet(Rerun):
+    """(zt, t, text) -> eps or v. zt (B, C, h, w), t (B,) in 0..999; text: context (B, L, D), and in SDXL pooled (B, P)
+    and the six numbers size (B, 6): height and width of the original, top and left of the crop, height and width."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, each, groups = config["block_out_channels"], config["layers_per_block"], config["norm_num_groups"]
+        n, context, emb = len(widths), config["cross_attention_dim"], 4 * widths[0]
+
+        def by_level(x):
+            return x if isinstance(x, list) else [x] * n
+        heads = by_level(config.get("num_attention_heads") or config["attention_head_dim"])  # named so by mistake
+        depths = by_level(config.get("transformer_layers_per_block", 1))
+        text = [name.startswith("CrossAttn") for name in config["down_block_types"]]
+        linear = config.get("use_linear_projection", False)
+        self.size_width = config.get("addition_time_embed_dim")                # SDXL's
+
+        def stage(i, inputs, with_text, **end):
+            c = widths[i]
+            parts = dict(resnets=[SDResBlock(c_in, c, emb, groups) for c_in in inputs])
+            if with_text:
+                parts["attentions"] = [SDTransformer(c, context, heads[i], depths[i], groups, linear)
+                                       for _ in range(with_text)]
+            parts |= {k: [nn.ModuleDict(dict(conv=conv))] for k, conv in end.items() if conv}
+            return nn.ModuleDict({k: nn.ModuleList(v) for k, v in parts.items()})
+
+        self.first, self.conv_in = widths[0], nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = TwoLayers(widths[0], emb)
+        if self.size_width:
+            self.add_embedding = TwoLayers(config["projection_class_embeddings_input_dim"], emb)
+        self.down_blocks, self.up_blocks, c, skips = nn.ModuleList(), nn.ModuleList(), widths[0], [widths[0]]
+        for i, wide in enumerate(widths):
+            down = nn.Conv2d(wide, wide, 3, 2, 1) if i < n - 1 else None
+            self.down_blocks.append(stage(i, [c] + [wide] * (each - 1), each * text[i], downsamplers=down))
+            skips += [wide] * (each + bool(down))
+            c = wide
+        self.mid_block = stage(n - 1, [c, c], 1)
+        for i, wide in reversed(list(enumerate(widths))):
+            up, inputs = nn.Conv2d(wide, wide, 3, padding=1) if i > 0 else None, []
+            for _ in range(each + 1):
+                inputs.append(c + skips.pop())
+                c = wide
+            self.up_blocks.append(stage(i, inputs, (each + 1) * text[i], upsamplers=up))
+        self.conv_norm_out = nn.GroupNorm(groups, c, 1e-5)
+        self.conv_out = nn.Conv2d(c, config["out_channels"], 3, padding=1)
+
+    def forward(self, zt, t, text):                                              # (B, C, h, w), (B,)
+        context, dtype = text[0], self.conv_in.weight.dtype
+        emb = self.time_embedding(waves(t.float(), self.first).to(dtype))  # (B, emb)
+        if self.size_width:
+            size = waves(text[2].flatten().float(), self.size_width).view(len(zt), -1)
+            emb = emb + self.add_embedding(torch.cat([text[1].to(dtype), size.to(dtype)], 1))
+        h = self.conv_in(zt)
+        skips = [h]
+        for stage in self.down_blocks:
+            for j, block in enumerate(stage["resnets"]):
+                h = self.call(block, h, emb)
+                if "attentions" in stage:
+                    h = self.call(stage["attentions"][j], h, context)
+                skips.append(h)
+            if "downsamplers" in stage:
+                h = stage["downsamplers"][0]["conv"](h)                          # half the side
+                skips.append(h)
+        h = self.call(self.mid_block["resnets"][0], h, emb)
+        h = self.call(self.mid_block["attentions"][0], h, context)
+        h = self.call(self.mid_block["resnets"][1], h, emb)
+        for stage in self.up_blocks:
+            for j, block in enumerate(stage["resnets"]):
+                h = self.call(block, torch.cat([h, skips.pop()], 1), emb)
+                if "attentions" in stage:
+                    h = self.call(stage["attentions"][j], h, context)
+            if "upsamplers" in stage:                                            # to the side of what comes next
+                h = stage["upsamplers"][0]["conv"](F.interpolate(h, skips[-1].shape[2:]))
+        return self.conv_out(F.silu(self.conv_norm_out(h)))                      # (B, C, h, w)
+
+
+def alpha_bar_of(config):
+    """What is left of the data's variance at each t in 0..T-1, by the scheduler's config.json, float64."""
+    T, first, last = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+    root = {"scaled_linear": 0.5, "linear": 1}[config["beta_schedule"]]
+    return torch.cumprod(1 - torch.linspace(first ** root, last ** root, T, dtype=torch.float64) ** (1 / root), 0)
+
+
+def spaced(n, T, spacing, offset, sampler):
+    """n of the times T-1 ... 0, as diffusers spaces them for this sampler."""
+    more = sampler == "dpmpp_2m"
+    if spacing == "leading":
+        each = T // (n + more)
+        return [float(i * each + offset) for i in range(more, n + more)][::-1]
+    if spacing == "trailing":
+        return (np.arange(T, 0, -T / n).round() - 1).tolist()
+    times = np.linspace(T - 1, 0, n + more)[:n]
+    return (times if sampler == "euler" else times.round()).tolist()
+
 
 # -----------------------------------------------------------------------------
 # What reads the text: the words of text2img.py's own tower, or CLIP.
@@ -945,14 +1214,144 @@ def open_vae(files, config):
 # What is served: see Model.
 
 
+def load_frozen(model, tensors, where, device, dtype, quant=None):
+    """Fills a model that was made on the device "meta", one weight after the other; quantises the linear layers of its
+    blocks, which are nearly all of a large one. Raises Stop."""
+    wanted = {k: v.shape for k, v in model.state_dict().items()}
+    wrong = [k for k in wanted if k not in tensors] + [f"{k} (not known)" for k in tensors if k not in wanted] \
+        + [f"{k} {list(tensors[k].shape)}" for k in wanted if k in tensors and tensors[k].shape != wanted[k]]
+    if wrong:
+        raise Stop(f"{where} is not whole, or of another architecture: {len(wrong)} weights, such as "
+                   + ", ".join(sorted(wrong)[:5]))
+    for name, module in tqdm(list(model.named_modules()), where.name, disable=None, leave=False):
+        for k, v in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            v = tensors[f"{name}.{k}" if name else k].to(device, dtype)
+            if k in module._parameters:
+                setattr(module, k, nn.Parameter(v, requires_grad=False))
+            else:
+                setattr(module, k, v)
+        if quant and isinstance(module, nn.Linear) and "block" in name:
+            quantise(model, name, quant)
+    return model.eval()
+
+
+KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
+
+
+def find_file(base, *choices):
+    """The first of these files that a base has, a folder or a repository of the hub, or None. Raises Stop."""
+    for choice in choices:
+        if Path(base).is_dir():
+            if Path(base, choice).is_file():
+                return Path(base, choice)
+            continue
+        try:
+            return hub_file(base, choice)
+        except Stop as e:
+            if "says 401" in str(e) or "says 403" in str(e):
+                raise Stop(f"{base} is not there, or has to be asked for: agree to its licence on its page, and put "
+                           f"your key into HF_TOKEN ({e})", 1)
+            if "says 404" not in str(e):
+                raise
+    return None
+
+
+def need_file(base, *choices):
+    file = find_file(base, *choices)
+    if file is None:
+        raise Stop(f"{base} is incomplete: there is no {' or '.join(choices)}")
+    return file
+
+
+def weight_files(base, part, stem):
+    """The one file with the weights of a part, or the several that an index names."""
+    index = find_file(base, f"{part}/{stem}.safetensors.index.json", f"{part}/{stem}.safetensors.index.fp16.json")
+    if index is None:
+        return [need_file(base, f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors")]
+    try:
+        return [need_file(base, f"{part}/{shard}") for shard in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise Stop(f"{index} does not say where the weights are")
+
+
+def clip_vocabulary(base, part):
+    files = [find_file(base, f"{part}/vocab.json"), find_file(base, f"{part}/merges.txt")]
+    files = files if all(files) else [need_file(base, f"{part}/tokenizer.json", f"{part}/vocab.json"), None]
+    return files + [find_file(base, f"{part}/{name}") for name in ("special_tokens_map.json", "tokenizer_config.json")]
+
+
+def find_base(name):
+    """A name -> {part: its files}: a model.safetensors of text2img.py, or the parts of a folder in the layout of
+    diffusers, which can also be a repository of the hub. Raises Stop that says what is missing."""
+    if Path(name).is_file():
+        return {"text2img": [Path(name)]}
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise Stop(f"{name} does not exist")
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    hub = Path(os.environ.get("HF_HUB_CACHE", hub), f"models--{name.replace('/', '--')}", "snapshots")
+    for index in sorted(hub.glob("*/model_index.json")) if not Path(name).is_dir() else ():
+        try:
+            return find_base(str(index.parent))  # whole, in the user's own cache
+        except Stop:
+            continue
+
+    about = need_file(name, "model_index.json")
+    pipeline = read_json(about)
+    pipeline = pipeline.get("_class_name") if isinstance(pipeline, dict) else "broken one"
+    if pipeline not in KINDS:
+        raise Stop(f"{name} is a {pipeline}; this script knows {', '.join(KINDS)}")
+    kind = KINDS[pipeline]
+    files = {kind: [about], "scheduler": [need_file(name, "scheduler/scheduler_config.json")]}
+    for part in ("transformer" if kind == "flux" else "unet", "vae"):
+        files[part] = [need_file(name, f"{part}/config.json"), *weight_files(name, part, "diffusion_pytorch_model")]
+    for number in ("",) if kind == "sd" else ("", "_2"):
+        part = f"text_encoder{number}"
+        files[part] = [need_file(name, f"{part}/config.json"), *weight_files(name, part, "model")]
+        t5 = kind == "flux" and number
+        files[f"tokenizer{number}"] = clip_vocabulary(name, f"tokenizer{number}") if not t5 else \
+            [need_file(name, "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model")]
+    return files
+
+
+class Prompts:
+    """A CLIP tower and its tokenizer, as they lie in a folder of diffusers."""
+
+    def __init__(self, files, part, tokenizer, device, dtype):
+        config, *weights = files[part]
+        vocab, merges, *about = files[tokenizer]
+        self.bpe, tower = read_text_files(weights, config, vocab, merges)
+        self.tower = tower.to(device, dtype).eval().requires_grad_(False)
+        known = [read_json(file) for file in about if file]
+        pads = [k.get("pad_token") if isinstance(k, dict) else None for k in known]
+        self.pad = next((p if isinstance(p, str) else p["content"] for p in pads if p), "<|endoftext|>")
+        self.pad_id = self.bpe.vocab.get(self.pad, self.bpe.end)
+
+    def ids(self, texts):
+        """-> ids (texts, 77), and how many texts were cut to that. SDXL's second tokenizer pads with "!", which it then
+        takes for that in a text, too, as transformers does."""
+        rows, length, too_long = [], self.tower.length, 0
+        for text in texts:
+            parts = [text] if self.pad_id == self.bpe.end else text.split(self.pad)
+            ids = [id for part in parts for id in [self.pad_id, *self.bpe(part)[1:-1]]][1:]
+            too_long += len(ids) > length - 2
+            ids = [self.bpe.start, *ids[:length - 2], self.bpe.end]
+            rows.append(ids + [self.pad_id] * (length - len(ids)))
+        return torch.tensor(rows), too_long
+
+    def read(self, ids):
+        """ids (B, 77) -> what is held before the last layer, and after it (B, 77, D), and pooled (B, P)."""
+        before, pooled = self.tower(ids)
+        return before, self.tower.final_layer_norm(self.tower.encoder["layers"][-1](before)), pooled
+
+
 class Model:
     """What the engine needs to know of a model. size and unit: pixels a side in training, and what sides are multiples
-    of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; parts: what LoRAs
-    can be put into, by name; network: what torch.compile and parts["transformer"] take."""
-    cfg_interval, trained = (0, 1), "transformer"
+    of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; multistep: whether
+    steps look back, as DPM-Solver++ does; parts: what LoRAs can be put into, by name; network: what gives d."""
+    cfg_interval, multistep = (0, math.inf), False
 
-    def __init__(self, path, args):
-        self.name, self.created, self.args = path.resolve().parent.name, int(path.stat().st_mtime), args
+    def __init__(self, name, file, args):
+        self.name, self.created, self.args = name, int(file.stat().st_mtime), args
         self.device = pick_device(args.device)
         self.amp = functools.partial(torch.autocast, self.device.type, torch.bfloat16,
                                      enabled=pick_dtype(args.dtype, self.device) == torch.bfloat16)
@@ -962,7 +1361,7 @@ class Model:
         """{name: layer} of all that can have a LoRA."""
         return {f"{part}.{name.removesuffix('.layer')}": layer for part, model in self.parts.items()
                 for name, layer in model.named_modules()
-                if isinstance(layer, (nn.Linear, nn.Conv2d)) and "loras" not in name}
+                if isinstance(layer, (nn.Linear, nn.Conv2d, Quantised)) and "loras" not in name}
 
     def add_lora(self, name, path):
         """Puts the LoRA of a file beside its layers, to be used when its name is asked for. Raises Stop."""
@@ -991,12 +1390,19 @@ class Model:
 
     def begin(self, picture):
         """Noise and texts of a picture that joins: the same noise as picture 0 of --seed of the training script."""
-        picture.z = next(image_noise(picture.seed, [0], picture.shape, self.device))[0]
+        noise = next(image_noise(picture.seed, [0], picture.shape, self.device))[0]
+        picture.z = noise * self.loudness(picture.times[0])
         with self.amp(), torch.no_grad():
             picture.text, picture.text_null = self.read(picture.job.asked)
 
+    def loudness(self, t):
+        """Of the noise that a picture begins with."""
+        return 1.0
+
     def warm_up(self, max_batch):
-        """A step of each size of batch, so that the first request does not wait for what is done once."""
+        """A step, so that the first request does not wait for what is done once; not of large pictures on a CPU."""
+        if self.device.type == "cpu" and self.size > 128:
+            return
         job = Job(dict(prompt=self.examples[0], negative_prompt=""), 2.0 if self.guidance else 1.0, ())
         shape, times = self.shape(self.size, self.size), self.times(1, self.size, self.size)
         for n in {1, max_batch} if self.device.type != "cpu" else {1}:
@@ -1032,8 +1438,10 @@ def read_lora_pairs(path, layers):
             lost.append(key)
     for name, pair in found.items():
         layer = layers[name]
-        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1] or len(pair["B"]) != len(layer.weight) \
-                or pair["A"].shape[1:] != layer.weight.shape[1:]:
+        conv = isinstance(layer, nn.Conv2d)
+        sides = (layer.in_channels, *layer.kernel_size, layer.out_channels) if conv else \
+            (layer.in_features, layer.out_features)
+        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1] or (*pair["A"].shape[1:], len(pair["B"])) != sides:
             lost.append(name)
     if lost or not found:
         raise Stop(f"{path} is no LoRA of this model in the names of diffusers, as finetune_lora.py writes it: "
@@ -1046,7 +1454,7 @@ class TextModel(Model):
     kind, guidance, classes = "text2img", True, None
 
     def __init__(self, path, args):
-        super().__init__(path, args)
+        super().__init__(path.resolve().parent.name, path, args)
         tensors, saved, about = read_model(path, "text2img.py")
         own = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
         try:
@@ -1076,6 +1484,9 @@ class TextModel(Model):
             raise Stop(f"{path} was trained with another {'text encoder' if self.reader.key != text_key else '--vae'}")
         load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
         self.network, self.vae = (m.to(self.device).eval().requires_grad_(False) for m in (self.network, self.vae))
+        for layer in [k for k, m in self.network.named_modules() if isinstance(m, nn.Linear) and "blocks" in k]:
+            if args.quant:
+                quantise(self.network, layer, args.quant)
         self.parts = {"transformer": self.network}
 
     def shape(self, width, height):
@@ -1102,6 +1513,65 @@ def time_grid(steps, shift):
     """steps + 1 times from 1 to 0; shift > 1 puts more of them where there is much noise (2403.03206 eq. 23)."""
     t = np.linspace(1, 0, steps + 1)
     return (shift * t / (1 + (shift - 1) * t)).tolist()
+
+
+class SDModel(Model):
+    """Stable Diffusion 1.5: a folder in diffusers' layout, or from the hub. In z = x / sqrt(alpha_bar), in which
+    the noise has the deviation sigma, a diffusion is an ODE in t = sigma with d = eps (2206.00364)."""
+    kind, guidance, unit, multistep, size, sample_steps, cfg_scale = "sd", True, 64, True, 512, 25, 7.5
+    examples = ["an astronaut riding a horse on the moon, photograph", "a bowl of fruit, oil painting"]
+
+    def __init__(self, name, args):
+        files = find_base(name)
+        if "sd" not in files:
+            raise Stop(f"{name} is another kind of model; of folders this script serves those of Stable Diffusion 1.5")
+        super().__init__(Path(name).name, files["sd"][0], args)
+        dtype = pick_dtype(args.dtype, self.device)
+        scheduler = read_json(files["scheduler"][0])
+        try:
+            self.alpha_bar, get = alpha_bar_of(scheduler), scheduler.get
+            self.spacing = get("timestep_spacing", "linspace"), get("steps_offset", 0), "dpmpp_2m"
+            self.v_prediction = get("prediction_type", "epsilon") == "v_prediction"
+            with torch.device("meta"):
+                self.network = SDUNet(read_json(files["unet"][0]))
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+            raise Stop(f"{name} has a config.json that this script does not understand: {e!r}")
+        self.prompts = Prompts(files, "text_encoder", "tokenizer", self.device, dtype)
+        config, *weights = files["unet"]
+        load_frozen(self.network, read_tensors(weights), weights[0], self.device, dtype, args.quant)
+        config, *weights = files["vae"]
+        self.vae = open_vae(weights, read_json(config)).to(self.device).eval().requires_grad_(False)
+        self.sigmas = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().numpy()
+        self.parts = {"unet": self.network, "text_encoder": self.prompts.tower}
+
+    def shape(self, width, height):
+        return self.network.conv_in.in_channels, height // 8, width // 8
+
+    def times(self, steps, width, height):
+        return [*np.interp(spaced(steps, len(self.sigmas), *self.spacing), range(len(self.sigmas)),
+                           self.sigmas).tolist(), 0.0]
+
+    def loudness(self, t):
+        return math.sqrt(1 + t * t)
+
+    def too_long(self, text):
+        return max(0, len(self.prompts.bpe(text)) - self.prompts.tower.length)
+
+    def read(self, asked):
+        for text in (asked["prompt"], asked["negative_prompt"]):
+            yield [self.prompts.read(self.prompts.ids([text])[0].to(self.device))[1]]                # (1, 77, D)
+
+    def derivative(self, z, t, text):
+        sigma = t.view(-1, 1, 1, 1)
+        xt = z / (1 + sigma ** 2).sqrt()
+        numbers = np.interp(t.cpu().numpy(), self.sigmas, range(len(self.sigmas)))
+        out = super().derivative(xt, torch.tensor(numbers).float().to(self.device), text)
+        return (xt * sigma + out) / (1 + sigma ** 2).sqrt() if self.v_prediction else out
+
+    @torch.no_grad()
+    def decode(self, z):
+        with self.amp():
+            return to_uint8(self.vae.decode(z[None]).float())[0]
 
 
 # -----------------------------------------------------------------------------
@@ -2010,15 +2480,18 @@ def on_each_node(make, rank, world):
 
 def open_model(args):
     """The model of --ckpt and its LoRAs. Raises Stop."""
-    path = Path(args.ckpt or next((name for name in DEFAULT_CKPTS if Path(name).exists()), ""))
-    if not args.ckpt and not path.is_file():
+    name = args.ckpt or next((name for name in DEFAULT_CKPTS if Path(name).exists()), None)
+    if name is None:
         raise Stop("there is no model in out/ yet: python text2img.py trains one in ten minutes, or say --ckpt FILE")
-    _, about = load_safetensors(path)
     kinds = {"text2img.py": TextModel}
-    if about.get("script") not in kinds:
-        raise Stop(f"{path} was made by {about.get('script', 'another program')}; this script serves models of "
-                   + ", ".join(kinds))
-    model = kinds[about["script"]](path, args)
+    if Path(name).is_file():
+        _, about = load_safetensors(name)
+        if about.get("script") not in kinds:
+            raise Stop(f"{name} was made by {about.get('script', 'another program')}; this script serves models of "
+                       + ", ".join(kinds))
+        model = kinds[about["script"]](Path(name), args)
+    else:
+        model = SDModel(name, args)
     if args.lora_dir and not Path(args.lora_dir).is_dir():
         raise Stop(f"--lora_dir {args.lora_dir} is no folder")
     for file in sorted(Path(args.lora_dir).glob("*.safetensors")) if args.lora_dir else ():

@@ -208,6 +208,75 @@ def test_loras_do_what_they_do_in_finetune_lora(server):
     assert np.abs(server.draw("a dog", seed=3, lora=[{"name": "red", "weight": 0}])[0] - plain).max() == 0
 
 
+SD = pytest.mark.skipif(sys.version_info < (3, 11), reason="the pinned diffusers wants Python 3.11")
+
+
+@pytest.fixture(scope="module")
+def folder(home, tmp_path_factory):
+    """A small Stable Diffusion 1.5 with random weights, as diffusers saves it, and a LoRA of all its attention."""
+    from test_finetune_lora import make_pipeline
+    folder, _ = make_pipeline("sd", tmp_path_factory.mktemp("sd"))
+    args = finetune_lora.parse_args(["--base", str(folder), "--rank", "2", "--device", "cpu"])
+    base = finetune_lora.open_base(args, 0, 1, torch.device("cpu"))
+    base.load_text()
+    base.load_model()
+    names = finetune_lora.target_layers(base, ["attn", "text"])
+    made = finetune_lora.attach(base, dict.fromkeys(names), args, list(base.parts))
+    for lora in made.values():
+        torch.nn.init.normal_(lora.B.weight, std=0.3)
+    Path(folder, "loras").mkdir()
+    finetune_lora.write_lora(Path(folder, "loras/style.safetensors"), base, made, "diffusers", dict(format="pt"))
+    return folder
+
+
+@SD
+@pytest.mark.parametrize("flags", [[], ["--quant", "int8"]])
+def test_stable_diffusion(flags, folder, monkeypatch):
+    """A folder of diffusers': the pictures that finetune_lora.py --sample draws of it with DPM++ 2M, alone and together."""
+    monkeypatch.setattr(mm.SDModel, "size", 64)
+    asked = [dict(prompt="a photo of a cat", seed=5, num_inference_steps=4), dict(prompt="", seed=6, num_inference_steps=7),
+             dict(prompt="a dog", negative_prompt="a cat", seed=7, num_inference_steps=3, guidance_scale=2, lora="style")]
+    with another("--ckpt", folder, "--lora_dir", f"{folder}/loras", *flags) as server:
+        together = [None] * len(asked)
+
+        def draw(i):
+            together[i] = server.draw(**asked[i])[0]
+        threads = [threading.Thread(target=draw, args=(i,)) for i in range(len(asked))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for body, ours in zip(asked, together):
+        told = ["--base", folder, "--device", "cpu", "--dtype", "fp32", "--size", 64, "--sample", 1, "--out", "there", *flags,
+                "--prompt", body["prompt"], "--seed", body["seed"], "--sample_steps", body["num_inference_steps"],
+                "--cfg_scale", body.get("guidance_scale", 7.5), "--negative_prompt", body.get("negative_prompt", "")]
+        told += ["--lora", f"{folder}/loras/style.safetensors"] * ("lora" in body)
+        assert finetune_lora.main([str(word) for word in told]) == 0
+        theirs = np.asarray(Image.open("there/generated/000000.png")).astype(int)
+        assert np.abs(ours - theirs).max() <= 1 and theirs.std() > 5
+    assert np.abs(together[2] - together[0]).max() > 3
+
+
+@SD
+def test_other_folders(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken/unet/config.json").unlink()
+    (tmp_path / "xl").mkdir()
+    (tmp_path / "xl/model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    for name, said in (("broken", "unet/config.json"), ("xl", "StableDiffusion3Pipeline"), ("nowhere", "nowhere does not exist")):
+        assert run("--port", 0, "--ckpt", tmp_path / name if name != "nowhere" else name) == 2
+        assert said in capsys.readouterr().err
+    for key, change in (("a layer", lambda tensors: {**tensors, "unet.nothing.lora_A.weight": torch.zeros(2, 3)}),
+                        ("half", lambda tensors: dict(list(tensors.items())[1:])),
+                        ("a shape", lambda tensors: {k: v.repeat(2, *[1] * (v.ndim - 1)) if "lora_B" in k else v
+                                                     for k, v in tensors.items()})):
+        (tmp_path / key).mkdir()
+        tensors, about = mm.load_safetensors(Path(folder, "loras/style.safetensors"))
+        finetune_lora.save_safetensors(tmp_path / key / "x.safetensors", change(tensors), about)
+        assert run("--port", 0, "--ckpt", folder, "--lora_dir", tmp_path / key) == 2
+        assert "is no LoRA of this model" in capsys.readouterr().err
+
+
 # The API
 
 
