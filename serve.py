@@ -53,7 +53,8 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # Knobs.
 
-DEFAULT_CKPTS = [f"out/{name}/model.safetensors" for name in ("text2img",)]
+DEFAULT_CKPTS = [f"out/{name}/model.safetensors" for name in
+                 ("text2img", "latent_dit", "cfm_images", "ddpm_images")]
 
 
 def parse_args(argv=None):
@@ -85,7 +86,7 @@ def parse_args(argv=None):
     g.add_argument("--max_queue", type=int, default=64, help="pictures that may wait; more are answered 429")
     g.add_argument("--max_n", type=int, default=8, help="pictures in one request")
     g.add_argument("--max_steps", type=int, default=250, help="steps of one picture")
-    g.add_argument("--max_size", type=int, help="pixels a side; twice those of training unless given")
+    g.add_argument("--max_size", type=int, help="pixels a side; unless given twice those of training")
     g.add_argument("--deadline", type=float, default=120, help="seconds after which a request is given up")
     g.add_argument("--connections", type=int, default=256, help="clients at the same time")
     g = p.add_argument_group("output and system")
@@ -154,7 +155,7 @@ def step(model, pictures):
         scale = torch.tensor([pictures[i].job.cfg_scale for i in guided], device=z.device).view(-1, 1, 1, 1)
         d = d.index_copy(0, torch.tensor(guided, device=z.device), without + scale * (d[guided] - without))
     t, s = t.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
-    x0 = z - t * d
+    x0 = model.clip(z - t * d)
     towards = torch.stack([p.towards(x) for p, x in zip(pictures, x0)]) if model.multistep else x0
     for p, moved, x in zip(pictures, s / t * z + (1 - s / t) * towards, x0):     # z + (s - t) d, if towards x0
         p.z, p.before, p.k = moved, x, p.k + 1
@@ -1007,6 +1008,214 @@ class DiT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# The transformer of latent_dit.py, which is told a class, and the UNets of ddpm_images.py and cfm_images.py.
+
+
+class LabelBlock(nn.Module):
+    """The block of latent_dit.py, adaLN-Zero (2212.09748 section 3.2): time and class set shift, scale and gate."""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(D, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.attn, self.mlp, self.adaLN = SelfAttention(D, heads), SwiGLU(D), nn.Linear(D, 6 * D)
+
+    def forward(self, x, emb, positions):                                        # (B, N, D), (B, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(emb)[:, None].chunk(6, -1)    # (B, 1, D) each
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, positions)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)       # (B, N, D)
+
+
+class LabelDiT(nn.Module):
+    """(zt, t, y) -> velocity, as in latent_dit.py. zt (B, C, H, W), t (B,) in [0, 1], y (B,) labels or None."""
+
+    def __init__(self, C, patch, depth, D, heads, n_classes):
+        super().__init__()
+        self.patch, self.heads, self.y_null, self.grid = patch, heads, n_classes, None
+        self.embed = nn.Conv2d(C, D, patch, patch)
+        self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.label = nn.Embedding(n_classes + 1, D) if n_classes else None       # the last means "no label"
+        self.blocks = nn.ModuleList([LabelBlock(D, heads) for _ in range(depth)])
+        self.norm, self.adaLN = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False), nn.Linear(D, 2 * D)
+        self.out = nn.Linear(D, patch * patch * C)
+        self.register_buffer("z_mean", torch.zeros(C, 1, 1))
+        self.register_buffer("z_std", torch.ones(C, 1, 1))
+
+    def forward(self, zt, t, y=None):                                            # (B, C, H, W), (B,), (B,)
+        x = self.embed(zt).to(self.out.weight.dtype)
+        H, W = x.shape[2:]                                                       # (B, D, H / patch, W / patch)
+        positions = rope(H, W, x.shape[1] // self.heads, x.device, self.grid / max(H, W))
+        x = x.flatten(2).transpose(1, 2)                                         # (B, N, D)
+        emb = self.time(waves(1000 * t, 256).to(self.out.weight.dtype))          # (B, D); waves wants 0..1000
+        emb = F.silu(emb if y is None else emb + self.label(y))
+        for block in self.blocks:
+            x = block(x, emb, positions)                                         # (B, N, D)
+        shift, scale = self.adaLN(emb)[:, None].chunk(2, -1)
+        x = self.out(self.norm(x) * (1 + scale) + shift)                         # (B, N, C patch^2)
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (H, W)), self.patch)           # (B, C, H, W)
+
+
+class Attention(nn.Module):
+    """Self-attention over the positions of a feature map, in heads of 32 channels; starts as the identity."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.GroupNorm(32, c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x):                                                        # (B, C, H, W)
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, C // 32, 32, H * W)           # (B, 3, heads, 32, N)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, N, 32) each
+        out = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, 32)
+        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))          # (B, C, H, W)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the embedding scales and shifts the second norm (FiLM; ADM section 3)."""
+
+    def __init__(self, c_in, c_out, c_emb, attn, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.film = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(32, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attn = Attention(c_out) if attn else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # a block starts as its skip connection, so that deep nets train at once
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, emb):                                                   # (B, c_in, H, W), (B, c_emb)
+        h = self.conv1(F.silu(self.norm1(x)))                                    # (B, c_out, H, W)
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)              # (B, c_out, 1, 1) each
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)                          # (B, c_out, H, W)
+        return self.attn(self.skip(x) + self.conv2(self.dropout(h)))             # (B, c_out, H, W)
+
+
+class UNet(nn.Module):
+    """(xt, t, y, cond) -> out. xt (B, 3, H, W), t (B,) in 0..T-1, y (B,) labels, cond (B, c_cond, H, W).
+
+    With patch > 1 the UNet works on patches, patch^2 times cheaper. A thin path of two convolutions at full
+    resolution, from its input past it to its output, hides the seams between the patches.
+    # differs from the paper: heads of 32 channels, not 64; single convolutions between the resolutions; as many blocks
+    # and skips on the way up as on the way down, not one more. All of it is faster."""
+
+    def __init__(self, size, patch, width, mults, blocks, attn, dropout, n_classes=0, c_cond=0):
+        super().__init__()
+        c, side, D, c_thin = width, size // patch, 4 * width, 8 if patch > 1 else 0
+        self.width, self.patch, self.y_null = width, patch, n_classes  # the label after the last means "no label"
+        self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
+        self.label = nn.Embedding(n_classes + 1, D) if n_classes else None
+        self.thin_in = nn.Conv2d(3 + c_cond, c_thin, 3, padding=1) if patch > 1 else nn.Identity()
+        self.conv_in = nn.Conv2d((c_thin or 3 + c_cond) * patch ** 2, c, 3, padding=1)
+        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), []
+        for i, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.down.append(ResBlock(c, width * mult, D, side <= attn, dropout))
+                c = width * mult
+                skips.append(c)
+            if i < len(mults) - 1:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                side //= 2
+        self.mid = nn.ModuleList([ResBlock(c, c, D, True, dropout), ResBlock(c, c, D, False, dropout)])
+        for i, mult in reversed(list(enumerate(mults))):
+            for _ in range(blocks):
+                self.up.append(ResBlock(c + skips.pop(), width * mult, D, side <= attn, dropout))
+                c = width * mult
+            if i > 0:
+                below, c = c, width * mults[i - 1]
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(below, c, 3, padding=1)))
+                side *= 2
+        self.norm = nn.GroupNorm(32, c)
+        self.conv_out = nn.Conv2d(c, (c_thin or 3) * patch ** 2, 3, padding=1)
+        self.thin_out = nn.Conv2d(2 * c_thin, 3, 3, padding=1) if patch > 1 else nn.Identity()
+        last = self.thin_out if patch > 1 else self.conv_out
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def embed(self, t, y):                                                       # (B,), (B,) or None
+        emb = self.time(waves(t, self.width).to(self.time[0].weight.dtype))      # (B, D)
+        if self.label is None:
+            return emb
+        return emb + self.label(torch.full(t.shape, self.y_null, device=t.device) if y is None else y)
+
+    def forward(self, xt, t, y=None, cond=None):                                 # (B, 3, H, W), (B,)
+        return self.body(xt if cond is None else torch.cat([xt, cond], 1), F.silu(self.embed(t, y)))
+
+    def body(self, x, emb):                                                      # (B, 3 + c_cond, H, W), (B, D)
+        thin = self.thin_in(x)                                                   # (B, c_thin, H, W)
+        h = self.conv_in(F.pixel_unshuffle(thin, self.patch))                    # (B, width, H / patch, W / patch)
+        skips = []
+        for layer in self.down:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+                skips.append(h)
+            else:
+                h = layer(h)                                                     # half the side
+        for layer in self.mid:
+            h = layer(h, emb)                                                    # the lowest resolution
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, ResBlock) else layer(h)
+        h = F.pixel_shuffle(self.conv_out(F.silu(self.norm(h))), self.patch)     # (B, c_thin, H, W)
+        return self.thin_out(torch.cat([F.silu(h), thin], 1)) if self.patch > 1 else h
+
+
+T_MIN = 0.05  # v = (xt - x0) / t has no bound at t = 0: nearer than this it is divided by T_MIN, and so a little slow:
+
+
+T_SCALE = 30  # what of waves() a time sees. With DDPM's 1,000 the derivative by t, for MeanFlow, explodes
+
+
+class VelocityUNet(UNet):
+    """The UNet as a velocity field: (xt, t, y) -> v, with times t (B,) in [0, 1]; one for MeanFlow takes r (B,) as
+    well, and gives the mean velocity from t to r.
+
+    What the network itself puts out is v, or (pred x0) the picture x0 where a line to xt begins, and v = (xt - x0) / t.
+    Pictures are smooth and noise is not: on patches only x0 fits through the network (2511.13720). In MeanFlow it then
+    is the picture to which the mean velocity points."""
+
+    def __init__(self, pred, meanflow, size, patch, width, mults, blocks, attn, dropout, n_classes=0):
+        super().__init__(size, patch, width, mults, blocks, attn, dropout, n_classes)
+        D, self.pred = 4 * width, pred
+        self.span = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D)) if meanflow else None
+        if meanflow:
+            nn.init.zeros_(self.span[-1].weight)  # to begin with, a mean velocity is that at t
+            nn.init.zeros_(self.span[-1].bias)
+
+    def forward(self, xt, t, y=None, r=None):                                    # (B, 3, H, W), (B,), (B,), (B,)
+        emb = self.embed(T_SCALE * t, y)                                         # (B, D)
+        if self.span is not None:
+            emb = emb + self.span(waves(T_SCALE * (t - (t if r is None else r)), self.width).to(emb.dtype))
+        out = self.body(xt, F.silu(emb)).to(xt.dtype)                            # (B, 3, H, W)
+        return (xt - out) / t.clamp(min=T_MIN).view(-1, 1, 1, 1) if self.pred == "x0" else out
+
+
+T = 1000
+
+
+def make_alpha_bar(schedule):
+    """alpha_bar (T,) in float64, the product of 1 - beta. linear: DDPM section 4; cosine: 2102.09672 eq. 17."""
+    if schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    elif schedule == "cosine":
+        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"no schedule {schedule}")
+    return torch.cumprod(1 - beta, 0)
+
+
+def to_x0(out, xt, ab, pred):
+    """The clean picture that the network's output stands for, add_noise solved for x0. The output is the noise (eps,
+    DDPM), the picture (x0), or a mix of both that has something to tell at every t (v)."""
+    if pred == "eps":
+        return (xt - (1 - ab) ** 0.5 * out) / ab ** 0.5
+    if pred == "v":  # from out = sqrt(ab) eps - sqrt(1 - ab) x0
+        return ab ** 0.5 * xt - (1 - ab) ** 0.5 * out
+    return out
+
+
+# -----------------------------------------------------------------------------
 # Autoencoders.
 
 
@@ -1347,8 +1556,9 @@ class Prompts:
 class Model:
     """What the engine needs to know of a model. size and unit: pixels a side in training, and what sides are multiples
     of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; multistep: whether
-    steps look back, as DPM-Solver++ does; parts: what LoRAs can be put into, by name; network: what gives d."""
-    cfg_interval, multistep = (0, math.inf), False
+    steps look back, as DPM-Solver++ does; grows: how many times as large pictures may be;
+    parts: what LoRAs can be put into, by name; network: what gives d."""
+    cfg_interval, multistep, classes, grows = (0, math.inf), False, (), 2
 
     def __init__(self, name, file, args):
         self.name, self.created, self.args = name, int(file.stat().st_mtime), args
@@ -1398,6 +1608,10 @@ class Model:
     def loudness(self, t):
         """Of the noise that a picture begins with."""
         return 1.0
+
+    def clip(self, x0):
+        """What of an estimate of x0 can be."""
+        return x0
 
     def warm_up(self, max_batch):
         """A step, so that the first request does not wait for what is done once; not of large pictures on a CPU."""
@@ -1449,26 +1663,39 @@ def read_lora_pairs(path, layers):
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
+def too_long(tokens, most):
+    """What is wrong with a text of so many tokens, or None."""
+    return f"has {tokens} tokens, and {most} are all that the model reads" if tokens > most else None
+
+
+def own_vae(tensors, saved, path):
+    """The autoencoder of a model.safetensors: in it, on the hub, or none. Raises Stop."""
+    own = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
+    if own:
+        vae = TinyVAE()
+        load_weights(vae, own, path)
+        return vae
+    if saved["vae"] == "none":
+        return Pixels()
+    if saved["vae"] not in AUTOENCODERS:
+        raise Stop(f"{path} was made with --vae {saved['vae']}; this script reads tiny, none, "
+                   + ", ".join(AUTOENCODERS))
+    repo, file, how = AUTOENCODERS[saved["vae"]]
+    return open_vae([hub_file(repo, file)], how)
+
+
 class TextModel(Model):
     """A model.safetensors of text2img.py: a flow of latents, told by tokens and their mask."""
-    kind, guidance, classes = "text2img", True, None
+    kind, guidance = "text2img", True
 
     def __init__(self, path, args):
         super().__init__(path.resolve().parent.name, path, args)
         tensors, saved, about = read_model(path, "text2img.py")
-        own = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
         try:
-            name, self.size, self.shift = saved["vae"], saved["size"], saved["time_shift"]
+            self.size, self.shift = saved["size"], saved["time_shift"]
             self.sample_steps, self.cfg_scale = saved["sample_steps"], saved["cfg_scale"]
             self.cfg_interval, self.examples = saved["cfg_interval"], about["prompts"]
-            if own or name == "none":
-                self.vae = TinyVAE() if own else Pixels()
-            elif name in AUTOENCODERS:
-                repo, file, how = AUTOENCODERS[name]
-                self.vae = open_vae([hub_file(repo, file)], how)
-            else:
-                raise Stop(f"{path} was made with --vae {name}; this script reads tiny, none, "
-                           + ", ".join(AUTOENCODERS))
+            self.vae = own_vae(tensors, saved, path)
             self.reader = load_reader(SimpleNamespace(text=saved["text"]), 0, 1)
             tower = CLIPText(**TINY) if saved["text"] == "tiny" else None
             self.network = DiT(self.vae.channels, saved["patch_size"], saved["model"], self.reader.dim,
@@ -1478,8 +1705,6 @@ class TextModel(Model):
             vae_key, text_key = about["vae_key"], about["text_key"]
         except (KeyError, TypeError) as e:
             raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
-        if own:
-            load_weights(self.vae, own, path)
         if fingerprint(self.vae) != vae_key or self.reader.key != text_key:
             raise Stop(f"{path} was trained with another {'text encoder' if self.reader.key != text_key else '--vae'}")
         load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
@@ -1495,9 +1720,8 @@ class TextModel(Model):
     def times(self, steps, width, height):
         return time_grid(steps, self.shift * max(1, max(width, height) / self.size))
 
-    def too_long(self, text):
-        """By how many tokens a text is too long."""
-        return max(0, len(self.reader.tokenise(text)) - self.reader.length)
+    def wrong(self, text):
+        return too_long(len(self.reader.tokenise(text)), self.reader.length)
 
     def read(self, asked):
         """-> what the network is told, and what it is kept away from: txt (1, L, dim), txt_mask (1, L), pooled (1, P),
@@ -1554,8 +1778,8 @@ class SDModel(Model):
     def loudness(self, t):
         return math.sqrt(1 + t * t)
 
-    def too_long(self, text):
-        return max(0, len(self.prompts.bpe(text)) - self.prompts.tower.length)
+    def wrong(self, text):
+        return too_long(len(self.prompts.bpe(text)), self.prompts.tower.length)
 
     def read(self, asked):
         for text in (asked["prompt"], asked["negative_prompt"]):
@@ -1572,6 +1796,115 @@ class SDModel(Model):
     def decode(self, z):
         with self.amp():
             return to_uint8(self.vae.decode(z[None]).float())[0]
+
+
+class ClassModel(Model):
+    """What is told a class, by name or number, or nothing at all."""
+
+    def describe(self, path, script):
+        """Reads a model.safetensors -> its tensors, settings and data; takes over what all such models have."""
+        tensors, saved, about = read_model(path, script)
+        try:
+            self.size, self.sample_steps, told = saved["size"], saved["sample_steps"], saved["class_cond"]
+            self.classes = list(about["classes"]) if told else []
+        except (KeyError, TypeError) as e:
+            raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
+        self.guidance, self.cfg_scale = bool(self.classes), saved.get("cfg_scale", 1.0) if self.classes else 1.0
+        self.cfg_interval, self.parts = saved.get("cfg_interval", self.cfg_interval), {}
+        self.examples = self.classes or [""]
+        return tensors, saved, about
+
+    def wrong(self, text):
+        if not self.classes and text:
+            return "has to be empty: this model is told nothing"
+        names = [*self.classes, *map(str, range(len(self.classes))), ""]
+        return None if text in names else f"has to be a class: {', '.join(self.classes)[:300]}; or empty"
+
+    def read(self, asked):
+        if not self.classes:
+            return [], []
+        text, n = asked["prompt"], len(self.classes)
+        y = self.classes.index(text) if text in self.classes else int(text or n)
+        return [[torch.tensor([label], device=self.device)] for label in (y, n)]
+
+    def derivative(self, z, t, text):
+        with self.amp():
+            return self.network(z, t, *text).float()
+
+
+class LatentModel(ClassModel):
+    """A model.safetensors of latent_dit.py: a flow of latents."""
+    kind, widths = "latent_dit", {"tiny": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
+                                  "XL": (28, 1152, 16)}
+
+    def __init__(self, path, args):
+        super().__init__(path.resolve().parent.name, path, args)
+        tensors, saved, about = self.describe(path, "latent_dit.py")
+        self.vae = own_vae(tensors, saved, path)
+        try:
+            self.network = LabelDiT(self.vae.channels, saved["patch_size"], *self.widths[saved["model"]],
+                                    len(self.classes))
+            self.unit, self.shift = self.vae.factor * saved["patch_size"], saved["time_shift"]
+            if fingerprint(self.vae) != about["vae_key"]:
+                raise Stop(f"{path} was trained with another --vae")
+        except (KeyError, TypeError) as e:
+            raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
+        load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith(("vae.", "repa."))}, path)
+        self.network.grid = self.size // self.unit
+        self.network, self.vae = (m.to(self.device).eval().requires_grad_(False) for m in (self.network, self.vae))
+
+    shape, times = TextModel.shape, TextModel.times
+
+
+class PixelModel(ClassModel):
+    """A model.safetensors of cfm_images.py, a flow of pixels, or of ddpm_images.py, a diffusion: with DPM-Solver++, in
+    z and sigma as SDModel, and with x0 kept to the range of pictures, as ddpm_images.py keeps it."""
+    kind, grows = "pixels", 1
+
+    def __init__(self, path, args):
+        super().__init__(path.resolve().parent.name, path, args)
+        flow = load_safetensors(path)[1]["script"] == "cfm_images.py"
+        tensors, saved, _ = self.describe(path, "cfm_images.py" if flow else "ddpm_images.py")
+        try:
+            sides = [saved[k] for k in "size patch width mults blocks attn dropout".split()] + [len(self.classes)]
+            self.network = VelocityUNet(saved["pred"], saved["meanflow"], *sides) if flow else UNet(*sides)
+            self.multistep, self.pred, self.shift = not flow, saved["pred"], saved.get("shift", 1.0)
+            alpha_bar = None if flow else make_alpha_bar(saved["schedule"])
+            if saved.get("condition", "none") != "none":
+                raise Stop(f"{path} translates pictures; this script serves models that draw from noise")
+        except (KeyError, TypeError, ValueError) as e:
+            raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
+        load_weights(self.network, tensors, path)
+        self.network = self.network.to(self.device).eval().requires_grad_(False)
+        self.sigmas = None if flow else ((1 - alpha_bar) / alpha_bar).sqrt().numpy()
+        self.unit = self.size
+
+    def shape(self, width, height):
+        return 3, height, width
+
+    def times(self, steps, width, height):
+        if self.sigmas is None:
+            return time_grid(steps, self.shift)
+        return [*self.sigmas[np.linspace(T - 1, 0, steps).round().astype(int)].tolist(), 0.0]
+
+    def loudness(self, t):
+        return 1.0 if self.sigmas is None else math.sqrt(1 + t * t)
+
+    def derivative(self, z, t, text):
+        if self.sigmas is None:
+            return super().derivative(z, t, text)
+        sigma = t.view(-1, 1, 1, 1)
+        xt, ab = z / (1 + sigma ** 2).sqrt(), 1 / (1 + sigma ** 2)
+        levels = torch.tensor(np.interp(t.cpu().numpy(), self.sigmas, range(T)).round()).float().to(self.device)
+        x0 = to_x0(super().derivative(xt, levels, text), xt, ab, self.pred)
+        return (z - x0) / sigma
+
+    def clip(self, x0):
+        return x0 if self.sigmas is None else x0.clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode(self, z):
+        return to_uint8(z[None])[0]
 
 
 # -----------------------------------------------------------------------------
@@ -1601,6 +1934,8 @@ def fields_of(model, args):
     fields = dict(
         prompt=dict(text, description="what to draw, such as: " + model.examples[0]),
         negative_prompt=dict(text, default="", description="what to keep away from, by guidance"),
+        class_label=dict(anyOf=[dict(type="string"), dict(type="integer")], description="the same as prompt: one of "
+                         + ", ".join(model.classes)),
         model=dict(type="string", enum=[model.name]),
         n=dict(type="integer", minimum=1, maximum=args.max_n, default=1, description="how many pictures"),
         size=dict(type="string", pattern=r"auto|[1-9]\d{0,4}x[1-9]\d{0,4}", default="auto",
@@ -1622,6 +1957,9 @@ def fields_of(model, args):
         stream=dict(type="boolean", default=False, description="progress and pictures as server-sent events"),
         partial_images=dict(type="integer", minimum=0, maximum=8, default=0,
                             description="with stream: how many pictures to send on the way"))
+    for name in ["class_label"] * (not model.classes) + ["negative_prompt"] * isinstance(model, ClassModel) + \
+            ["guidance_scale"] * (not model.guidance):
+        del fields[name]
     return fields | {name: dict(description="taken for the sake of clients, without effect") for name in IGNORED}
 
 
@@ -1670,19 +2008,20 @@ def make_job(asked, model, args):
             raise Refused(400, f"{name[:100]!r} is not known; there are {', '.join(fields)}", name[:100],
                           "unknown_parameter")
         check_value(name, value, fields[name])
+    if "class_label" in asked:
+        asked["prompt"] = str(asked["class_label"])
     if "prompt" not in asked:
         raise Refused(400, "prompt is missing", "prompt", "missing_required_parameter")
     asked = {name: schema["default"] for name, schema in fields.items() if "default" in schema} | asked
-    for name in ("prompt", "negative_prompt"):
+    for name in [name for name in ("prompt", "negative_prompt") if name in fields]:
         try:
             asked[name].encode()
         except UnicodeEncodeError:
             raise Refused(400, f"{name} is not Unicode: it has half of a surrogate pair", name, "invalid_value")
-        if too_long := model.too_long(asked[name]):
-            raise Refused(400, f"{name} is {too_long} tokens longer than the model reads", name,
-                          "string_above_max_length")
+        if wrong := model.wrong(asked[name]):
+            raise Refused(400, f"{name} {wrong}", name, "invalid_value")
     width, height = [model.size] * 2 if asked["size"] == "auto" else map(int, asked["size"].split("x"))
-    most = args.max_size or 2 * model.size
+    most = args.max_size or model.grows * model.size
     if width % model.unit or height % model.unit or max(width, height) > most:
         raise Refused(400, f"the sides of size have to be multiples of {model.unit}, and at most {most}", "size",
                       "invalid_value")
@@ -1700,7 +2039,7 @@ def make_job(asked, model, args):
     seed = asked.setdefault("seed", secrets.randbelow(2 ** 31))
     times = model.times(asked["num_inference_steps"], width, height)
     steps, k = len(times) - 1, asked["partial_images"] if asked["stream"] else 0
-    job = Job(asked, float(asked["guidance_scale"]), {steps * i // (k + 1) for i in range(1, k + 1)} - {0})
+    job = Job(asked, float(asked.get("guidance_scale", 1)), {steps * i // (k + 1) for i in range(1, k + 1)} - {0})
     shape = model.shape(width, height)
     job.pictures = [Picture(job, i, seed + i, shape, times, tuple(sorted(lora))) for i in range(asked["n"])]
     asked["size"] = f"{width}x{height}"
@@ -1947,7 +2286,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields = fields_of(model, self.server.args)
         self.respond(200, dict(object="list", data=[dict(
             id=model.name, object="model", created=model.created, owned_by="serve.py", kind=model.kind, size=model.size,
-            unit=model.unit, max_size=self.server.args.max_size or 2 * model.size, loras=list(model.loras),
+            unit=model.unit, max_size=self.server.args.max_size or model.grows * model.size, loras=list(model.loras),
             examples=model.examples[:8], guidance=model.guidance, max_n=self.server.args.max_n,
             defaults={name: schema["default"] for name, schema in fields.items() if "default" in schema})]))
 
@@ -2130,7 +2469,11 @@ async function start() {
   if (answer.status == 401) { say('This server asks for a key.', key() != ''); $('key').focus(); return; }
   model = (await answer.json()).data[0];
   $('name').textContent = model.id;
-  for (const name of fields) $(name).value = model.defaults[name] ?? '';
+  for (const name of fields) {
+    $(name).value = model.defaults[name] ?? '';
+    $(name).parentElement.hidden = name != 'seed' && !(name in model.defaults);
+  }
+  $('prompt').required = model.kind == 'text2img' || model.kind == 'sd';
   $('n').max = model.max_n;
   const sides = [...new Set([.5, 1, 1.5, 2].map(k => k * model.size))].filter(
     side => side % model.unit == 0 && side <= model.max_size);
@@ -2236,7 +2579,7 @@ PAGE = f"""<!doctype html>
 <div class="bar"><button class="main" id="go" disabled>Draw</button>
 <button type="button" id="stop" hidden>Stop</button></div>
 <progress id="bar" hidden></progress><p id="say" role="status" aria-live="polite">Loading.</p>
-<label for="negative_prompt">Keep away from</label><input id="negative_prompt">
+<div><label for="negative_prompt">Keep away from</label><input id="negative_prompt"></div>
 <div class="row">
 <div><label for="num_inference_steps">Steps</label><input id="num_inference_steps" type="number" min="1"></div>
 <div><label for="guidance_scale">Guidance</label><input id="guidance_scale" type="number" min="0" step="any"></div>
@@ -2483,7 +2826,8 @@ def open_model(args):
     name = args.ckpt or next((name for name in DEFAULT_CKPTS if Path(name).exists()), None)
     if name is None:
         raise Stop("there is no model in out/ yet: python text2img.py trains one in ten minutes, or say --ckpt FILE")
-    kinds = {"text2img.py": TextModel}
+    kinds = {"text2img.py": TextModel, "latent_dit.py": LatentModel, "cfm_images.py": PixelModel,
+             "ddpm_images.py": PixelModel}
     if Path(name).is_file():
         _, about = load_safetensors(name)
         if about.get("script") not in kinds:

@@ -257,6 +257,53 @@ def test_stable_diffusion(flags, folder, monkeypatch):
     assert np.abs(together[2] - together[0]).max() > 3
 
 
+@pytest.mark.parametrize("script, flags, asked", [
+    ("latent_dit", [], {}), ("latent_dit", ["--no-class_cond"], {}), ("latent_dit", ["--cfg_scale", 3], dict(guidance_scale=3)),
+    ("latent_dit", ["--size", 48], dict(size="48x48")), ("cfm_images", [], {}), ("cfm_images", ["--no-class_cond"], {}),
+    ("ddpm_images", ["--class_cond"], {}), ("ddpm_images", [], {}), ("ddpm_images", ["--class_cond"], dict(guidance_scale=2))])
+def test_models_that_are_told_a_class(script, flags, asked, tmp_path, monkeypatch):
+    """As latent_dit.py, cfm_images.py and ddpm_images.py draw them, of every class together."""
+    import importlib
+    module = importlib.import_module(script)
+    monkeypatch.chdir(tmp_path)
+    common = ["--device", "cpu", "--dtype", "fp32"]
+    of_model = [flag for flag in flags if "class_cond" in str(flag)]
+    assert module.main([str(word) for word in ["--smoke", "--data", "drawn_faces", "--out", "out/x", *common, *of_model]]) == 0
+    tensors, about = mm.load_safetensors("out/x/model.safetensors")
+    g = torch.Generator().manual_seed(0)
+    finetune_lora.save_safetensors(Path("out/x/model.safetensors"), {
+        k: v if k.startswith(("vae", "z_")) else v + 0.03 * torch.randn(v.shape, generator=g) for k, v in tensors.items()}, about)
+    classes = json.loads(about["data"])["classes"] if json.loads(about["args"])["class_cond"] else []
+    n = max(1, len(classes))
+    how = dict(cfm_images=["--sampler", "euler"], ddpm_images=["--sampler", "dpmpp_2m"]).get(script, [])
+    if "guidance_scale" in asked:
+        how += ["--cfg_scale", asked["guidance_scale"]]
+    told = ["--ckpt", "out/x/model.safetensors", "--sample", n, "--sample_steps", 5, *common, *how, "--seed", 7]
+    told += [flag for flag in flags if flag in ("--size", 48)]
+    assert module.main([str(word) for word in told]) == 0
+    theirs = [np.asarray(Image.open(f"out/x/generated/{i:06d}.png")).astype(int) for i in range(n)]
+    monkeypatch.setattr(mm, "image_noise", lambda seed, indices, shape, device: module.image_noise(7, [seed], shape, device))
+    with another("--ckpt", "out/x/model.safetensors", "--max_batch", 3, "--max_queue", 99) as server:
+        ours = [None] * n
+
+        def draw(i):
+            label = dict(class_label=i) if i % 2 else dict(prompt=classes[i]) if classes else dict(prompt="")
+            status, _, answer = server.ask(seed=i, num_inference_steps=5, **label, **asked)
+            assert status == 200, answer
+            ours[i] = pixels(answer["data"][0]["b64_json"])
+        threads = [threading.Thread(target=draw, args=(i,)) for i in range(n)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(np.abs(a - b).max() for a, b in zip(ours, theirs)) <= 1 and np.std(theirs) > 5
+        assert server.ask(prompt="a unicorn")[0] == 400 and server.ask(prompt="", negative_prompt="x")[0] == 400
+        status, _, answer = server.ask(prompt="", class_label=99)
+        assert status == 400 and answer["error"]["param"] == ("prompt" if classes else "class_label")
+        assert server.ask(prompt="", num_inference_steps=1)[0] == 200
+        assert server.ask(prompt="", guidance_scale=2, num_inference_steps=1)[0] == (200 if classes else 400)
+
+
 @SD
 def test_other_folders(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder, tmp_path / "broken")
