@@ -143,18 +143,18 @@ class Picture:
 def step(model, pictures):
     """The next step of pictures of one group -> the estimate of x0 of each. Those that are guided are in the batch
     twice, told their text and text_null (2207.12598); outside an interval of t guidance is left out (2404.07724)."""
-    t, s = (torch.tensor([p.times[p.k + i] for p in pictures], device=model.device) for i in (0, 1))
+    levels = torch.tensor([model.level(p.times[p.k]) for p in pictures], device=model.device)
+    t, s = (torch.tensor([p.times[p.k + i] for p in pictures], device=model.device).view(-1, 1, 1, 1) for i in (0, 1))
     z = torch.stack([p.z for p in pictures])
     first, last = model.cfg_interval
     guided = [i for i, p in enumerate(pictures) if p.job.cfg_scale != 1
               and first - 1e-6 <= p.times[p.k] <= last + 1e-6]
     text = [torch.cat(parts) for parts in zip(*[p.text for p in pictures], *[pictures[i].text_null for i in guided])]
-    d = model.derivative(torch.cat([z, z[guided]]), torch.cat([t, t[guided]]), text)
+    d = model.derivative(*(torch.cat([a, a[guided]]) for a in (z, t, levels)), text)
     d, without = d.split([len(pictures), len(guided)])
     if guided:
         scale = torch.tensor([pictures[i].job.cfg_scale for i in guided], device=z.device).view(-1, 1, 1, 1)
         d = d.index_copy(0, torch.tensor(guided, device=z.device), without + scale * (d[guided] - without))
-    t, s = t.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
     x0 = model.clip(z - t * d)
     towards = torch.stack([p.towards(x) for p, x in zip(pictures, x0)]) if model.multistep else x0
     for p, moved, x in zip(pictures, s / t * z + (1 - s / t) * towards, x0):     # z + (s - t) d, if towards x0
@@ -1567,6 +1567,11 @@ class Model:
                                      enabled=pick_dtype(args.dtype, self.device) == torch.bfloat16)
         self.loras, self.adapted = {}, []
 
+    def settle(self, module):
+        """To the device, frozen, and there in the layout of memory that a GPU's convolutions want."""
+        module = module.to(self.device).eval().requires_grad_(False)
+        return module.to(memory_format=torch.channels_last) if self.device.type == "cuda" else module
+
     def layers(self):
         """{name: layer} of all that can have a LoRA."""
         return {f"{part}.{name.removesuffix('.layer')}": layer for part, model in self.parts.items()
@@ -1617,19 +1622,36 @@ class Model:
         """A step, so that the first request does not wait for what is done once; not of large pictures on a CPU."""
         if self.device.type == "cpu" and self.size > 128:
             return
-        job = Job(dict(prompt=self.examples[0], negative_prompt=""), 2.0 if self.guidance else 1.0, ())
+        asked = dict(prompt=self.examples[0], negative_prompt="")
         shape, times = self.shape(self.size, self.size), self.times(1, self.size, self.size)
-        for n in {1, max_batch} if self.device.type != "cpu" else {1}:
-            pictures = [Picture(job, i, 0, shape, times, ()) for i in range(n)]
+        for n in [1 << k for k in range((2 * max_batch - 1).bit_length() + 1)] if self.args.compile else [1]:
+            pictures = [Picture(Job(asked, 1.0, ()), i, 0, shape, times, ()) for i in range(n)]
             for p in pictures:
                 self.begin(p)
             step(self, pictures)
-            self.decode(pictures[0].z)
+        self.decode(pictures[0].z)
 
-    def derivative(self, z, t, text):
-        """z (B, C, h, w), t (B,) and what the network is told -> d (B, C, h, w) of z = x0 + t d."""
+    def level(self, t):
+        """What the network is told for the time t."""
+        return t
+
+    def ask(self, z, levels, text):
+        """What the network says. A compiled one sees batches of 1, 2, 4, 8 ... alone, because it is compiled for each
+        anew; what is missing is filled with the last picture."""
+        n = len(z)
+        if self.args.compile:
+            full = torch.arange(1 << (n - 1).bit_length(), device=z.device).clamp(max=n - 1)
+            z, levels, *text = (a[full] for a in (z, levels, *text))
         with self.amp():
-            return self.network(z, t, text).float()
+            return self.network(z, levels, *self.told(text))[:n].float()
+
+    def told(self, text):
+        """The arguments that a text is to the network."""
+        return [text]
+
+    def derivative(self, z, t, levels, text):
+        """z (B, C, h, w), t (B, 1, 1, 1), levels (B,) and what the network is told -> d of z = x0 + t d."""
+        return self.ask(z, levels, text)
 
     @torch.no_grad()
     def decode(self, z):
@@ -1708,7 +1730,7 @@ class TextModel(Model):
         if fingerprint(self.vae) != vae_key or self.reader.key != text_key:
             raise Stop(f"{path} was trained with another {'text encoder' if self.reader.key != text_key else '--vae'}")
         load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
-        self.network, self.vae = (m.to(self.device).eval().requires_grad_(False) for m in (self.network, self.vae))
+        self.network, self.vae = self.settle(self.network), self.settle(self.vae)
         for layer in [k for k, m in self.network.named_modules() if isinstance(m, nn.Linear) and "blocks" in k]:
             if args.quant:
                 quantise(self.network, layer, args.quant)
@@ -1764,7 +1786,8 @@ class SDModel(Model):
         config, *weights = files["unet"]
         load_frozen(self.network, read_tensors(weights), weights[0], self.device, dtype, args.quant)
         config, *weights = files["vae"]
-        self.vae = open_vae(weights, read_json(config)).to(self.device).eval().requires_grad_(False)
+        self.vae = self.settle(open_vae(weights, read_json(config)))
+        self.network = self.settle(self.network)
         self.sigmas = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().numpy()
         self.parts = {"unet": self.network, "text_encoder": self.prompts.tower}
 
@@ -1785,12 +1808,13 @@ class SDModel(Model):
         for text in (asked["prompt"], asked["negative_prompt"]):
             yield [self.prompts.read(self.prompts.ids([text])[0].to(self.device))[1]]                # (1, 77, D)
 
-    def derivative(self, z, t, text):
-        sigma = t.view(-1, 1, 1, 1)
-        xt = z / (1 + sigma ** 2).sqrt()
-        numbers = np.interp(t.cpu().numpy(), self.sigmas, range(len(self.sigmas)))
-        out = super().derivative(xt, torch.tensor(numbers).float().to(self.device), text)
-        return (xt * sigma + out) / (1 + sigma ** 2).sqrt() if self.v_prediction else out
+    def level(self, t):
+        return float(np.interp(t, self.sigmas, range(len(self.sigmas))))
+
+    def derivative(self, z, t, levels, text):
+        xt = z / (1 + t ** 2).sqrt()
+        out = self.ask(xt, levels, text)
+        return (xt * t + out) / (1 + t ** 2).sqrt() if self.v_prediction else out
 
     @torch.no_grad()
     def decode(self, z):
@@ -1827,9 +1851,8 @@ class ClassModel(Model):
         y = self.classes.index(text) if text in self.classes else int(text or n)
         return [[torch.tensor([label], device=self.device)] for label in (y, n)]
 
-    def derivative(self, z, t, text):
-        with self.amp():
-            return self.network(z, t, *text).float()
+    def told(self, text):
+        return text
 
 
 class LatentModel(ClassModel):
@@ -1851,7 +1874,7 @@ class LatentModel(ClassModel):
             raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
         load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith(("vae.", "repa."))}, path)
         self.network.grid = self.size // self.unit
-        self.network, self.vae = (m.to(self.device).eval().requires_grad_(False) for m in (self.network, self.vae))
+        self.network, self.vae = self.settle(self.network), self.settle(self.vae)
 
     shape, times = TextModel.shape, TextModel.times
 
@@ -1875,7 +1898,7 @@ class PixelModel(ClassModel):
         except (KeyError, TypeError, ValueError) as e:
             raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
         load_weights(self.network, tensors, path)
-        self.network = self.network.to(self.device).eval().requires_grad_(False)
+        self.network = self.settle(self.network)
         self.sigmas = None if flow else ((1 - alpha_bar) / alpha_bar).sqrt().numpy()
         self.unit = self.size
 
@@ -1890,14 +1913,14 @@ class PixelModel(ClassModel):
     def loudness(self, t):
         return 1.0 if self.sigmas is None else math.sqrt(1 + t * t)
 
-    def derivative(self, z, t, text):
+    def level(self, t):
+        return t if self.sigmas is None else float(np.interp(t, self.sigmas, range(T)).round())
+
+    def derivative(self, z, t, levels, text):
         if self.sigmas is None:
-            return super().derivative(z, t, text)
-        sigma = t.view(-1, 1, 1, 1)
-        xt, ab = z / (1 + sigma ** 2).sqrt(), 1 / (1 + sigma ** 2)
-        levels = torch.tensor(np.interp(t.cpu().numpy(), self.sigmas, range(T)).round()).float().to(self.device)
-        x0 = to_x0(super().derivative(xt, levels, text), xt, ab, self.pred)
-        return (z - x0) / sigma
+            return self.ask(z, levels, text)
+        xt = z / (1 + t ** 2).sqrt()
+        return (z - to_x0(self.ask(xt, levels, text), xt, 1 / (1 + t ** 2), self.pred)) / t
 
     def clip(self, x0):
         return x0 if self.sigmas is None else x0.clamp(-1, 1)

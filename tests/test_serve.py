@@ -324,6 +324,23 @@ def test_other_folders(folder, tmp_path, monkeypatch, capsys):
         assert "is no LoRA of this model" in capsys.readouterr().err
 
 
+def test_a_compiled_network_sees_few_sizes_of_batch(home, server, monkeypatch):
+    """By the part of the compiler before C++; all sizes are seen before it is ready."""
+    sizes, compile = [], torch.nn.Module.compile
+
+    def count(self):
+        compile(self, backend="aot_eager", fullgraph=True, dynamic=False)
+        compiled = self._compiled_call_impl
+        self._compiled_call_impl = lambda z, *more: sizes.append(len(z)) or compiled(z, *more)
+    monkeypatch.setattr(torch.nn.Module, "compile", count)
+    with another("--compile", "--max_batch", 3) as other:
+        assert sizes == [1, 2, 4, 8]
+        pictures = other.draw(n=3, seed=4, num_inference_steps=3, guidance_scale=3)
+        assert len(sizes) > 4 and set(sizes) == {1, 2, 4, 8}
+    expected = server.draw(n=3, seed=4, num_inference_steps=3, guidance_scale=3)
+    assert np.abs(pictures - expected).max() <= 1
+
+
 # The API
 
 
@@ -613,10 +630,10 @@ def test_a_deadline(home):
 def test_what_fails_ends_its_own_request_alone(error, status, server, monkeypatch):
     derivative = server.model.derivative
 
-    def fails(z, t, text):
+    def fails(z, *more):
         if z.shape[-1] == 6:
             raise error
-        return derivative(z, t, text)
+        return derivative(z, *more)
     monkeypatch.setattr(server.model, "derivative", fails)
     other = []
     thread = threading.Thread(target=lambda: other.append(server.draw(num_inference_steps=60)))
