@@ -2463,7 +2463,13 @@ h1 { font-size: 1.2rem; margin: 0 0 .8rem; } h1 small { font-weight: normal; opa
 main { display: grid; gap: 1.2rem; grid-template-columns: minmax(16rem, 22rem) 1fr; }
 @media (max-width: 44rem) { main { grid-template-columns: 1fr; } }
 label { display: block; margin: .7rem 0 .2rem; font-size: .9rem; }
-textarea, input, select, button { cursor: pointer; background: none; color: inherit; }
+textarea, input, select, button { font: inherit; padding: .45rem .7rem; border: 1px solid var(--line); }
+textarea, input, select, button { border-radius: .5rem; background: none; color: inherit; }
+textarea, input, select { width: 100%; }
+option { color: initial; }
+.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
+textarea { resize: vertical; }
+button { cursor: pointer; }
 button.main { background: var(--accent); border-color: var(--accent); color: #fff; font-weight: 600; }
 button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
