@@ -748,10 +748,10 @@ def begin_log(out, start, resumed):
         if not resumed and (out / name).exists():
             os.replace(out / name, out / f"{name}.old")
             print(f"{out / name} of an earlier run is now {name}.old", flush=True)
-    for part in out.rglob("*.part"):  # of a run that was killed while it wrote
-        part.unlink()
-    for grid in out.glob("samples/*.png"):
-        if grid.stem.isdecimal() and (not resumed or int(grid.stem) > start):
+    for part in (*out.glob("*.[0-9]*.part"), *out.glob("samples/*.[0-9]*.part")):
+        part.unlink()  # of a run that was killed while it wrote
+    for grid in out.glob(f"samples/{'[0-9]' * 6}.png"):
+        if not resumed or int(grid.stem) > start:
             grid.unlink()
     log = out / "log.jsonl"
     lines = log.read_text().splitlines() if resumed and log.exists() else []

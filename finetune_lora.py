@@ -65,6 +65,8 @@ PRESETS = {
     "sdxl": COMMON | dict(size=1024, sample_steps=30, cfg_scale=5.0),
     "flux": COMMON | dict(sample_steps=28, cfg_scale=3.5)}
 SAMPLERS = ["euler", "ddim", "dpmpp_2m"]
+DRAWING = ("base lora prompt negative_prompt sampler sample_steps cfg_scale size quant out seed device dtype "
+           "compile").split()  # flags that do not speak of training
 TARGET_NAMES = {  # patterns of the names of the layers
     "attn": r"\.(attn\d?|cross)\.", "text": r"^text_encoder(_2)?\.encoder|\.tower\.encoder",
     "ff": r"blocks\..*\.(ff|ff_context|mlp|proj_mlp)\b|single_transformer_blocks\.\d+\.proj_out"}
@@ -142,6 +144,8 @@ def parse_args(argv=None):
                        class_images=4, rank=2, sample_steps=2)
     args = p.parse_args(argv)
     args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
+    if args.prompt and not args.sample and args.given <= set(DRAWING):
+        args.sample = 4 * len(read_prompts(args.prompt))
     check(args, p.error)
     return args
 
@@ -153,12 +157,19 @@ def check(args, error):
             error(f"--{name} has to be at least 1")
     if args.class_images is not None and args.class_images < 0:
         error("--class_images is 0 for none, or more")
+    if args.alpha == 0:
+        error("--alpha 0 multiplies what is learnt by 0")
     for name, top in dict(lr=1, ema_decay=1, lora_dropout=0.999, alpha=2 ** 31, min_snr=2 ** 31, cfg_scale=2 ** 31,
                           seed=2 ** 63).items():
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= top:
             error(f"--{name} has to lie between 0 and {top}")
+    if not args.out:
+        error("--out is the name of a folder")
     if Path(args.out).is_file():
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
+    out = Path(args.out).resolve()
+    if Path(args.data).is_dir() and Path(args.data).resolve() in (out, *out.parents):
+        error(f"--out {args.out} lies in --data {args.data}: its pictures would be learnt the next time")
     if args.sample and not args.prompt:
         error("--sample N goes with --prompt TEXT")
     if args.sample and args.resume:
@@ -1545,7 +1556,10 @@ def find_base(name):
     diffusers, which can also be a repository of the hub. Raises Stop that says what is missing."""
     if Path(name).is_file():
         return {"text2img": [Path(name)]}
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if Path(name, "model.safetensors").is_file() and not Path(name, "model_index.json").exists():
+        raise Stop(f"{name} is a folder: say {Path(name, 'model.safetensors')}")
+    if not Path(name).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith(".safetensors")
+                                    or name.startswith(("out/", "data/"))):
         raise Stop(f"{name} does not exist")
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     hub = Path(os.environ.get("HF_HUB_CACHE", hub), f"models--{name.replace('/', '--')}", "snapshots")
@@ -2018,11 +2032,13 @@ NAMES = {"sd": "SD 1.5", "sdxl": "SDXL", "flux": "FLUX.1", "text2img": "text2img
 def kind_of_lora(tensors):
     """What base a LoRA seems to be for, by its names and widths."""
     text = " ".join(tensors)
+    if not re.search(r"lora|\.alpha\b", text):
+        return "nothing, for it is no LoRA"
     if re.search(r"single_(transformer_)?blocks|double_blocks", text):
         return "FLUX.1"
     if re.search(r"\.blocks\.\d+\.", text):
         return "text2img.py"
-    width = {v.shape[-1] for k, v in tensors.items() if re.search(r"attn2.to_k\W.*(down|A)\.", k) and v.ndim > 1}
+    width = {v.shape[-1] for k, v in tensors.items() if re.search(r"attn2.*to_k\W?.*(down|A)\.", k) and v.ndim > 1}
     return {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}.get(next(iter(width), 0), "another model")
 
 
@@ -2802,12 +2818,14 @@ def begin_log(out, start, resumed):
     out.mkdir(parents=True, exist_ok=True)
     for name in ("ckpt.pt", "model.safetensors", "lora.safetensors", "log.jsonl"):
         if not resumed and (out / name).exists():
-            os.replace(out / name, out / f"{name}.old")
-            print(f"{out / name} of an earlier run is now {name}.old", flush=True)
-    for part in out.rglob("*.part"):  # of a run that was killed while it wrote
-        part.unlink()
-    for grid in out.glob("samples/*.png"):
-        if grid.stem.isdecimal() and (not resumed or int(grid.stem) > start):
+            olds = (f"{name}.old{n or ''}" for n in range(10_000))
+            old = f"{name}.old" if name != "lora.safetensors" else next(old for old in olds if not (out / old).exists())
+            os.replace(out / name, out / old)  # of LoRAs all are kept: they are small, and many are tried
+            print(f"{out / name} of an earlier run is now {old}", flush=True)
+    for part in (*out.glob("*.[0-9]*.part"), *out.glob("samples/*.[0-9]*.part")):
+        part.unlink()  # of a run that was killed while it wrote
+    for grid in out.glob(f"samples/{'[0-9]' * 6}.png"):
+        if not resumed or int(grid.stem) > start:
             grid.unlink()
     log = out / "log.jsonl"
     lines = log.read_text().splitlines() if resumed and log.exists() else []
@@ -2832,7 +2850,7 @@ def save_random_base(path):
 def open_base(args, rank, world, device):
     """The base that --base names; args take over what its kind needs and was not given. Raises Stop."""
     if args.base == DEFAULT_BASE and not Path(args.base).exists():
-        raise Stop(f"--base {args.base} does not exist; python text2img.py makes it, in ten minutes")
+        raise Stop(f"--base {args.base} does not exist; python text2img.py makes it")
     files = on_each_node(functools.partial(find_base, args.base), rank, world)[int(os.environ.get("GROUP_RANK", 0))]
     kind = next(k for k in PRESETS if k in files)
     saved = read_model(files["text2img"][0], "text2img.py")[1] if kind == "text2img" else {}
@@ -2885,6 +2903,9 @@ def generate(base, noise, text, text_null, amp):
     return np.concatenate(out)
 
 
+SIDES = re.compile(r"\b(left|right|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
+
+
 def train_batch(data, args, step, base, rank, world):
     """Latents and all randomness of one step -> z0, eps, t, text; of which each rank gets its share. Drawn for the
     whole batch from (seed, step), so that any number of processes trains on the same numbers."""
@@ -2896,7 +2917,7 @@ def train_batch(data, args, step, base, rank, world):
         if len(data.preserved):  # every other one keeps the class as it was
             place, numbers = place // 2, (data.train, data.preserved)[place % 2]
         i = numbers[shuffled(len(numbers), args.seed, place // len(numbers))[place % len(numbers)]]
-        rows.append(data.latents[int(args.flip and u[k, 0] < 0.5), i])
+        rows.append(data.latents[int(args.flip and u[k, 0] < 0.5 and not data.has_sides[i]), i])
         texts.append(data.text_of[i][int(u[k, 1] * len(data.text_of[i]))])
         shown.append(i)
     z0 = to_device(torch.stack(rows), base.device).float()
@@ -2967,6 +2988,15 @@ def restore(state, params, ema, opt, args):
     return start
 
 
+def is_picture(file, size):
+    try:
+        with Image.open(file) as im:
+            im.load()
+            return im.size == (size, size) and im.mode == "RGB"
+    except (OSError, SyntaxError, ValueError):  # of a broken PNG
+        return False
+
+
 def class_pictures(base, args, prompts, text, text_null, amp, rank):
     """Prior preservation, 2208.12242 section 4.2: what the base draws of these prompts, whose texts take turns in text,
     kept in data/cache -> uint8 (--class_images, size, size, 3)."""
@@ -2976,7 +3006,9 @@ def class_pictures(base, args, prompts, text, text_null, amp, rank):
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:06d}.png" for i in range(args.class_images)]
     local, processes = (int(os.environ.get(k, v)) for k, v in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    todo = [i for i, file in enumerate(files) if not file.exists()][local::processes]        # on each node all of them
+    todo = [i for i, file in enumerate(files) if not is_picture(file, args.size)][local::processes]  # on each node all
+    if todo and rank == 0:
+        print(f"{len(todo)} pictures of the class come first, once: into {folder}", flush=True)
     sum_over_ranks(torch.zeros(1, device=base.device)).item()  # all have looked before any writes
     shape = base.shape()
     set_weights(base, 0.0)  # of a LoRA that is trained on
@@ -3030,7 +3062,10 @@ def train(args):
         loras = {name: (*map(torch.zeros, lora_shapes(base.layers()[name], rank)), alpha) for name, (rank, alpha) in
                  layers_of(state, base, args.resume).items()}
     else:
-        loras = read_lora(Path(args.lora[0]), base) if args.lora else dict.fromkeys(target_layers(base, args.targets))
+        file, weight = split_lora(args.lora[0]) if args.lora else (None, 1)
+        if weight != 1:
+            raise Stop(f"--lora {args.lora[0]}: a weight is for drawing, with --sample N; training goes on as it is")
+        loras = read_lora(file, base) if file else dict.fromkeys(target_layers(base, args.targets))
     torch.manual_seed(mix(INIT, args.seed))
     readers = [part for part in base.parts if part != base.trained]
     made = attach(base, loras, args, readers)
@@ -3039,6 +3074,8 @@ def train(args):
     shown = list(dict.fromkeys(shown))[:4]
     number = {t: k for k, t in enumerate(dict.fromkeys([t for texts in captions for t in texts] + shown))}
     kept = read_prompts(args.class_prompt) if args.class_prompt else []
+    if len(kept) > args.class_images > 0:
+        raise Stop(f"--class_images {args.class_images} is too few for {len(kept)} class prompts")
     if args.data == "drawn_pandas" and base.kind == "text2img":
         kept = kept or base.prompts  # what it can draw, and should go on drawing
     kept = kept[:args.class_images]
@@ -3055,6 +3092,7 @@ def train(args):
     data = SimpleNamespace(train=train_on, val=held[:12], preserved=[], text=text,
                            sizes=drawn_sizes(sides, args.size) if base.kind == "sdxl" else None,
                            text_of=[[number[t] for t in texts] for texts in captions],
+                           has_sides=[any(map(SIDES.search, texts)) for texts in captions],
                            latents=latents_of(base, pictures, args.flip, amp))
     base.load_model()
     if kept:
@@ -3062,6 +3100,7 @@ def train(args):
         drawn = class_pictures(base, args, kept, pick(text, k), text_null, amp, rank)
         data.preserved = np.arange(len(pictures), len(pictures) + len(drawn))
         data.text_of += [[i] for i in k]
+        data.has_sides += [bool(SIDES.search(kept[i % len(kept)])) for i in range(len(drawn))]
         if data.sizes is not None:
             data.sizes = torch.cat([data.sizes, drawn_sizes([[args.size] * 2] * len(drawn), args.size)])
         data.latents = torch.cat([data.latents, latents_of(base, drawn, args.flip, amp)], 1)
@@ -3192,7 +3231,10 @@ def split_lora(text):
     """FILE or FILE:WEIGHT -> file, weight. Raises Stop."""
     file, _, weight = text.rpartition(":")
     try:
-        return (Path(text), 1.0) if Path(text).exists() or not file else (Path(file), float(weight))
+        found = (Path(text), 1.0) if Path(text).exists() or not file else (Path(file), float(weight))
+        if not math.isfinite(found[1]):
+            raise ValueError
+        return found
     except ValueError:
         raise Stop(f"--lora {text}: there is no such file, and {weight!r} is no weight as in FILE:0.8")
 
@@ -3217,6 +3259,8 @@ def sample_only(args):
     with amp():
         text = base.prepare([*args.prompt, args.negative_prompt])
     base.free_text()
+    if base.too_long and rank == 0:
+        print(f"prompts that are too long, cut: {base.too_long}", flush=True)
     with amp(), torch.no_grad():
         text_null = base.null(args.negative_prompt, pick(text, [-1]))
     base.load_vae()

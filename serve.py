@@ -28,12 +28,14 @@ import os
 import queue
 import re
 import secrets
+import select
 import signal
 import socket
 import struct
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.error
 import urllib.request
@@ -82,8 +84,8 @@ def parse_args(argv=None):
     g.add_argument("--public", action=flag, default=False, help="listen beyond this machine without a key")
     g.add_argument("--log_prompts", action=flag, default=False, help="write prompts into the log")
     g = p.add_argument_group("limits")
-    g.add_argument("--max_batch", type=int, default=16, help="pictures under way at the same time")
-    g.add_argument("--max_queue", type=int, default=64, help="pictures that may wait; more are answered 429")
+    g.add_argument("--max_batch", type=int, default=16, help="pictures in one step of the network")
+    g.add_argument("--max_queue", type=int, default=64, help="pictures under way; more are answered 429")
     g.add_argument("--max_n", type=int, default=8, help="pictures in one request")
     g.add_argument("--max_steps", type=int, default=250, help="steps of one picture")
     g.add_argument("--max_size", type=int, help="pixels a side; unless given twice those of training")
@@ -104,6 +106,8 @@ def check(args, error):
     for name in "max_batch max_queue max_n max_steps max_size connections".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             error(f"--{name} has to be at least 1")
+    if args.max_n > args.max_queue:
+        error(f"--max_n {args.max_n} is more than --max_queue {args.max_queue}, and so could never be had")
     if not 0 < args.deadline < 2 ** 31:
         error("--deadline has to be more than 0 seconds")
     if not 0 <= args.port < 65536:
@@ -119,24 +123,21 @@ def check(args, error):
 
 
 class Picture:
-    """One picture under way. z (C, h, w), times from noise to data, of which `k` are done; text and text_null, what the
-    network is told, as tensors with a first dimension of 1; lora, names and weights. job is the request it is for."""
+    """One picture under way. z (C, h, w), in `shape`, and times from noise to data, of which `k` are done; before: the
+    last estimate of x0; lora: names and weights. job is the request it is for, index its place in that."""
 
     def __init__(self, job, index, seed, shape, times, lora):
         self.job, self.index, self.seed, self.shape, self.times, self.lora = job, index, seed, shape, times, lora
-        self.z = self.text = self.text_null = self.before = None
-        self.k = 0
+        self.z, self.before, self.k = None, None, 0
 
     @property
     def group(self):
         """What has to be equal for pictures to take a step together."""
         return self.shape, self.lora
 
-
-    def towards(self, x0):
-        """DPM-Solver++(2M), 2211.01095 algorithm 2: not to x0 as it is estimated now, but on from the last estimate."""
-        last, t, s = self.times[self.k - 1], self.times[self.k], self.times[self.k + 1]
-        return x0 if self.k == 0 or s == 0 else x0 + (x0 - self.before) * math.log(t / s) / (2 * math.log(last / t))
+    @property
+    def done(self):
+        return self.k == len(self.times) - 1
 
 
 @torch.no_grad()
@@ -145,44 +146,55 @@ def step(model, pictures):
     twice, told their text and text_null (2207.12598); outside an interval of t guidance is left out (2404.07724)."""
     levels = torch.tensor([model.level(p.times[p.k]) for p in pictures], device=model.device)
     t, s = (torch.tensor([p.times[p.k + i] for p in pictures], device=model.device).view(-1, 1, 1, 1) for i in (0, 1))
-    z = torch.stack([p.z for p in pictures])
+    z = torch.stack([p.z for p in pictures])                                     # (B, C, h, w)
     first, last = model.cfg_interval
     guided = [i for i, p in enumerate(pictures) if p.job.cfg_scale != 1
               and first - 1e-6 <= p.times[p.k] <= last + 1e-6]
-    text = [torch.cat(parts) for parts in zip(*[p.text for p in pictures], *[pictures[i].text_null for i in guided])]
+    texts = [p.job.text for p in pictures] + [pictures[i].job.text_null for i in guided]
+    text = [torch.cat(parts) for parts in zip(*texts)]                           # (B + guided, ...) each
     d = model.derivative(*(torch.cat([a, a[guided]]) for a in (z, t, levels)), text)
     d, without = d.split([len(pictures), len(guided)])
     if guided:
         scale = torch.tensor([pictures[i].job.cfg_scale for i in guided], device=z.device).view(-1, 1, 1, 1)
         d = d.index_copy(0, torch.tensor(guided, device=z.device), without + scale * (d[guided] - without))
     x0 = model.clip(z - t * d)
-    towards = torch.stack([p.towards(x) for p, x in zip(pictures, x0)]) if model.multistep else x0
+    towards = torch.stack([look_back(p, x) for p, x in zip(pictures, x0)]) if model.multistep else x0
     for p, moved, x in zip(pictures, s / t * z + (1 - s / t) * towards, x0):     # z + (s - t) d, if towards x0
         p.z, p.before, p.k = moved, x, p.k + 1
     return x0
 
 
+def look_back(picture, x0):
+    """DPM-Solver++(2M), 2211.01095 algorithm 2: not to x0 as it is estimated now, but on from the last estimate."""
+    last, t, s = picture.times[picture.k - 1], picture.times[picture.k], picture.times[picture.k + 1]
+    if picture.k == 0 or s == 0:
+        return x0
+    return x0 + (x0 - picture.before) * math.log(t / s) / (2 * math.log(last / t))
+
+
 class Job:
-    """One request, between the thread that answers it and the engine: what it asks for, and what there is to tell."""
+    """One request, between the thread that answers it and the engine: what it asks for, what the network is told and
+    kept away from (tensors with a first dimension of 1), and what there is to tell."""
 
     def __init__(self, asked, cfg_scale, partial_at):
         self.asked, self.cfg_scale, self.partial_at = asked, cfg_scale, partial_at
-        self.pictures, self.events, self.over = [], queue.SimpleQueue(), False
+        self.pictures, self.text, self.text_null = [], None, None
+        self.news, self.over, self.id = queue.SimpleQueue(), False, None
         self.began, self.started = time.monotonic(), None
 
     def tell(self, what, about=None):
         self.over |= what == "failed"
-        self.events.put((what, about))
+        self.news.put((what, about))
 
 
 class Engine(threading.Thread):
-    """The one thread that owns the device. A picture joins as soon as there is room, between two steps of the others.
-    Pictures of other sizes or LoRAs take turns, a step each."""
+    """The one thread that owns the device. All pictures under way take turns, as many of a group in one step as there
+    is room for: a short request need not wait for a long one, nor a small picture for a large."""
 
     def __init__(self, model, max_batch, max_queue):
         super().__init__(daemon=True, name="engine")
         self.model, self.max_batch, self.max_queue, self.changed = model, max_batch, max_queue, threading.Condition()
-        self.waiting, self.active, self.ready, self.refusal = collections.deque(), [], False, None
+        self.pictures, self.most, self.ready, self.refusal, self.ending = [], {}, False, None, False
         self.counted, self.seconds_a_step = collections.Counter(), 0.05
 
     def submit(self, job):
@@ -190,16 +202,19 @@ class Engine(threading.Thread):
         with self.changed:
             if self.refusal:
                 raise Refused(503, self.refusal, retry=10)
-            self.waiting = collections.deque(p for p in self.waiting if not p.job.over)
-            if len(self.waiting) + len(job.pictures) > self.max_queue + max(0, self.max_batch - len(self.active)):
-                left = sum(len(p.times) - p.k for p in [*self.waiting, *self.active]) * self.seconds_a_step
-                raise Refused(429, f"{len(self.waiting)} pictures are waiting already; try again later",
-                              code="rate_limit_exceeded", retry=max(1, math.ceil(left)))
-            self.waiting.extend(job.pictures)
+            self.pictures = [p for p in self.pictures if not p.job.over]
+            if len(self.pictures) + len(job.pictures) > self.max_queue:
+                left = sum(len(p.times) - p.k for p in self.pictures) * self.seconds_a_step
+                raise Refused(429, f"{len(self.pictures)} pictures are under way already; try again later",
+                              code="rate_limit_exceeded", retry=max(1, math.ceil(left / 2)))
+            self.pictures.extend(job.pictures)
             self.changed.notify()
 
-    def busy(self):
-        return bool(self.waiting or self.active)
+    def end(self):
+        with self.changed:
+            self.ending = True
+            self.changed.notify()
+        self.join()
 
     def run(self):
         try:
@@ -207,47 +222,62 @@ class Engine(threading.Thread):
             self.ready = True
             while True:
                 with self.changed:
-                    while not self.busy():
-                        self.changed.wait()
-                    while self.waiting and len(self.active) < self.max_batch:
-                        self.active.append(self.waiting.popleft())
-                self.turn()
+                    self.changed.wait_for(lambda: self.pictures or self.ending)
+                    if self.ending:
+                        return
+                    self.pictures = [p for p in self.pictures if not p.job.over]
+                    group = [p for p in self.pictures if p.group == self.pictures[0].group]
+                if group:
+                    self.turn(group[:min(self.max_batch, self.most.get(group[0].shape, self.max_batch))])
         except BaseException as e:  # without this thread nothing is drawn: all are told, and the server ends
-            self.ready, self.refusal = False, f"the engine has stopped: {type(e).__name__}: {e}"
-            for p in [*self.waiting, *self.active]:
-                p.job.tell("failed", Refused(500, "the engine has stopped"))
+            log(event="error", error=traceback.format_exc()[-2000:])
+            with self.changed:
+                self.ready, self.refusal = False, f"the engine has stopped: {type(e).__name__}: {e}"
+                for p in self.pictures:
+                    p.job.tell("failed", Refused(500, "the engine has stopped"))
+                self.pictures = []
 
-    def turn(self):
-        """One step of one group, that of the picture whose last step is the longest ago."""
-        self.active = [p for p in self.active if not p.job.over]
-        group = [p for p in self.active if p.group == self.active[0].group]
-        if group:
-            began = time.perf_counter()
-            try:
-                self.advance(group)
-            except Exception as e:  # ends these requests and no others
-                log(event="error", error=repr(e)[:300])
-                short = isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e)
-                for p in group:
-                    p.job.tell("failed", Refused(503, "there is too little memory for this now", retry=10) if short else
-                               Refused(500, "the model has failed at this request"))
-            self.active = [p for p in self.active if p not in group] + [p for p in group if p.k < len(p.times) - 1]
-            self.counted.update(steps=1, picture_steps=len(group))
-            self.seconds_a_step += 0.1 * ((time.perf_counter() - began) / len(group) - self.seconds_a_step)
-
-    def advance(self, group):
+    def turn(self, group):
+        """A step of these pictures, which then go to the end of the queue."""
+        began = time.perf_counter()
         self.model.use(group[0].lora)
         for p in group:
             if p.z is None:
-                self.model.begin(p)
                 p.job.started = p.job.started or time.monotonic()
-        estimates = step(self.model, group)
-        for p, x0 in zip(group, estimates):
-            last = p.k == len(p.times) - 1
-            self.counted["pictures"] += last
-            if last or p.k in p.job.partial_at:
-                p.job.tell("picture" if last else "partial", (p, self.model.decode(p.z if last else x0)))
+                self.guard([p], self.model.join, p)
+        group = [p for p in group if not p.job.over]
+        estimates = self.guard(group, step, self.model, group) if group else None
+        for p, x0 in zip(group, () if estimates is None else estimates):
             p.job.tell("step")
+            if p.done or p.k in p.job.partial_at:
+                pixels = self.guard([p], self.model.decode, p.z if p.done else x0)
+                if pixels is not None:
+                    self.counted["pictures"] += p.done
+                    p.job.tell("picture" if p.done else "partial", (p, pixels))
+            if p.done:
+                p.z = p.before = None  # a slow reader should not hold the device's memory
+        with self.changed:
+            self.pictures = [p for p in self.pictures if p not in group] + [p for p in group if not p.done]
+        self.counted.update(steps=1, picture_steps=len(group))
+        self.seconds_a_step += 0.1 * ((time.perf_counter() - began) / max(1, len(group)) - self.seconds_a_step)
+
+    def guard(self, pictures, make, *args):
+        """make(*args), or None where it fails. That ends the requests of these pictures and no others; but where memory
+        is short for several together, smaller groups try it again."""
+        try:
+            return make(*args)
+        except Exception as e:
+            log(event="error", id=pictures[0].job.id, error=traceback.format_exc()[-2000:])
+            short = isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if short and len(pictures) > 1:
+            self.most[pictures[0].shape] = len(pictures) // 2
+            return None
+        for p in pictures:
+            p.job.tell("failed", Refused(503, "there is too little memory for this now", retry=10) if short else
+                       Refused(500, "the model has failed at this request"))
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -1494,7 +1524,10 @@ def find_base(name):
     diffusers, which can also be a repository of the hub. Raises Stop that says what is missing."""
     if Path(name).is_file():
         return {"text2img": [Path(name)]}
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if Path(name, "model.safetensors").is_file() and not Path(name, "model_index.json").exists():
+        raise Stop(f"{name} is a folder: say {Path(name, 'model.safetensors')}")
+    if not Path(name).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith(".safetensors")
+                                    or name.startswith(("out/", "data/"))):
         raise Stop(f"{name} does not exist")
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     hub = Path(os.environ.get("HF_HUB_CACHE", hub), f"models--{name.replace('/', '--')}", "snapshots")
@@ -1556,16 +1589,18 @@ class Prompts:
 class Model:
     """What the engine needs to know of a model. size and unit: pixels a side in training, and what sides are multiples
     of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; multistep: whether
-    steps look back, as DPM-Solver++ does; grows: how many times as large pictures may be;
+    steps look back, as DPM-Solver++ does; grows: how many times as large pictures may be; most_steps that it knows;
     parts: what LoRAs can be put into, by name; network: what gives d."""
-    cfg_interval, multistep, classes, grows = (0, math.inf), False, (), 2
+    cfg_interval, multistep, classes, grows, most_steps = (0, math.inf), False, (), 2, 1000
 
     def __init__(self, name, file, args):
         self.name, self.created, self.args = name, int(file.stat().st_mtime), args
-        self.device = pick_device(args.device)
+        self.device, self.loras, self.adapted, self.plain = pick_device(args.device), {}, [], True
+        # on a CPU bf16 makes a picture depend on its company by 3/255
+        exact = args.dtype == "auto" and self.device.type == "cpu"
+        self.dtype = pick_dtype("fp32" if exact else args.dtype, self.device)
         self.amp = functools.partial(torch.autocast, self.device.type, torch.bfloat16,
-                                     enabled=pick_dtype(args.dtype, self.device) == torch.bfloat16)
-        self.loras, self.adapted = {}, []
+                                     enabled=self.dtype == torch.bfloat16)
 
     def settle(self, module):
         """To the device, frozen, and there in the layout of memory that a GPU's convolutions want."""
@@ -1597,18 +1632,22 @@ class Model:
 
     def use(self, lora):
         """Lets these LoRAs act, ((name, weight), ...), and no others."""
+        self.plain = not lora
         for adapted in self.adapted:
             adapted.weights = [0.0] * len(adapted.weights)
         for name, weight in lora:
             for adapted, i in self.loras[name]:
                 adapted.weights[i] += weight
 
-    def begin(self, picture):
+    def join(self, picture):
         """Noise and texts of a picture that joins: the same noise as picture 0 of --seed of the training script."""
-        noise = next(image_noise(picture.seed, [0], picture.shape, self.device))[0]
-        picture.z = noise * self.loudness(picture.times[0])
+        job, noise = picture.job, next(image_noise(picture.seed, [0], picture.shape, self.device))[0]
         with self.amp(), torch.no_grad():
-            picture.text, picture.text_null = self.read(picture.job.asked)
+            if job.text is None:
+                job.text = self.read(job.asked["prompt"])
+            if job.text_null is None and job.cfg_scale != 1:
+                job.text_null = self.read(job.asked.get("negative_prompt", ""))
+        picture.z = noise * self.loudness(picture.times[0])
 
     def loudness(self, t):
         """Of the noise that a picture begins with."""
@@ -1622,12 +1661,12 @@ class Model:
         """A step, so that the first request does not wait for what is done once; not of large pictures on a CPU."""
         if self.device.type == "cpu" and self.size > 128:
             return
-        asked = dict(prompt=self.examples[0], negative_prompt="")
         shape, times = self.shape(self.size, self.size), self.times(1, self.size, self.size)
         for n in [1 << k for k in range((2 * max_batch - 1).bit_length() + 1)] if self.args.compile else [1]:
-            pictures = [Picture(Job(asked, 1.0, ()), i, 0, shape, times, ()) for i in range(n)]
+            job = Job(dict(prompt=self.examples[0]), 1.0, ())
+            pictures = [Picture(job, i, 0, shape, times, ()) for i in range(n)]
             for p in pictures:
-                self.begin(p)
+                self.join(p)
             step(self, pictures)
         self.decode(pictures[0].z)
 
@@ -1636,14 +1675,16 @@ class Model:
         return t
 
     def ask(self, z, levels, text):
-        """What the network says. A compiled one sees batches of 1, 2, 4, 8 ... alone, because it is compiled for each
-        anew; what is missing is filled with the last picture."""
-        n = len(z)
-        if self.args.compile:
+        """What the network says. Compiled, it is for each size of batch anew, and so sees 1, 2, 4, 8 ... alone: what is
+        missing is filled with the last picture. Pictures of another size or with a LoRA do without, lest all wait."""
+        n, network = len(z), self.network
+        if self.args.compile and self.plain and z.shape[1:] == self.shape(self.size, self.size):
             full = torch.arange(1 << (n - 1).bit_length(), device=z.device).clamp(max=n - 1)
             z, levels, *text = (a[full] for a in (z, levels, *text))
+        elif self.args.compile:
+            network = self.network.forward
         with self.amp():
-            return self.network(z, levels, *self.told(text))[:n].float()
+            return network(z, levels, *self.told(text))[:n].float()
 
     def told(self, text):
         """The arguments that a text is to the network."""
@@ -1685,8 +1726,14 @@ def read_lora_pairs(path, layers):
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
-def too_long(tokens, most):
-    """What is wrong with a text of so many tokens, or None."""
+def too_long(text, tokenise, most):
+    """What is wrong with a text, or None."""
+    if max(map(len, text.split()), default=0) > 100:  # CLIP's tokenizer takes seconds for such
+        return "has a word of more than 100 letters"
+    known = getattr(tokenise, "known", {})
+    if len(known) > 10_000:  # each word that was ever asked for
+        known.clear()
+    tokens = len(tokenise(text))
     return f"has {tokens} tokens, and {most} are all that the model reads" if tokens > most else None
 
 
@@ -1743,16 +1790,14 @@ class TextModel(Model):
         return time_grid(steps, self.shift * max(1, max(width, height) / self.size))
 
     def wrong(self, text):
-        return too_long(len(self.reader.tokenise(text)), self.reader.length)
+        return too_long(text, self.reader.tokenise, self.reader.length)
 
-    def read(self, asked):
-        """-> what the network is told, and what it is kept away from: txt (1, L, dim), txt_mask (1, L), pooled (1, P),
-        with L always the same, so that any can be in one batch."""
-        for text in (asked["prompt"], asked["negative_prompt"]):
-            tokens = read_texts(self.reader, [text], self.device)
-            txt, txt_mask, pooled = self.network.encode_text(text_batch(tokens, [0], self.device))
-            more = self.reader.length - txt.shape[1]
-            yield F.pad(txt, (0, 0, 0, more)), F.pad(txt_mask, (0, more)), pooled
+    def read(self, text):
+        """-> txt (1, L, dim), txt_mask (1, L), pooled (1, P), with L always the same: any can be in one batch."""
+        tokens = read_texts(self.reader, [text], self.device)
+        txt, txt_mask, pooled = self.network.encode_text(text_batch(tokens, [0], self.device))
+        more = self.reader.length - txt.shape[1]
+        return F.pad(txt, (0, 0, 0, more)), F.pad(txt_mask, (0, more)), pooled
 
 
 def time_grid(steps, shift):
@@ -1772,7 +1817,7 @@ class SDModel(Model):
         if "sd" not in files:
             raise Stop(f"{name} is another kind of model; of folders this script serves those of Stable Diffusion 1.5")
         super().__init__(Path(name).name, files["sd"][0], args)
-        dtype = pick_dtype(args.dtype, self.device)
+        dtype = self.dtype
         scheduler = read_json(files["scheduler"][0])
         try:
             self.alpha_bar, get = alpha_bar_of(scheduler), scheduler.get
@@ -1802,11 +1847,10 @@ class SDModel(Model):
         return math.sqrt(1 + t * t)
 
     def wrong(self, text):
-        return too_long(len(self.prompts.bpe(text)), self.prompts.tower.length)
+        return too_long(text, self.prompts.bpe, self.prompts.tower.length)
 
-    def read(self, asked):
-        for text in (asked["prompt"], asked["negative_prompt"]):
-            yield [self.prompts.read(self.prompts.ids([text])[0].to(self.device))[1]]                # (1, 77, D)
+    def read(self, text):
+        return [self.prompts.read(self.prompts.ids([text])[0].to(self.device))[1]]           # (1, 77, D)
 
     def level(self, t):
         return float(np.interp(t, self.sigmas, range(len(self.sigmas))))
@@ -1844,12 +1888,11 @@ class ClassModel(Model):
         names = [*self.classes, *map(str, range(len(self.classes))), ""]
         return None if text in names else f"has to be a class: {', '.join(self.classes)[:300]}; or empty"
 
-    def read(self, asked):
+    def read(self, text):
         if not self.classes:
-            return [], []
-        text, n = asked["prompt"], len(self.classes)
-        y = self.classes.index(text) if text in self.classes else int(text or n)
-        return [[torch.tensor([label], device=self.device)] for label in (y, n)]
+            return []
+        y = self.classes.index(text) if text in self.classes else int(text or len(self.classes))     # none: the last
+        return [torch.tensor([y], device=self.device)]
 
     def told(self, text):
         return text
@@ -1893,6 +1936,8 @@ class PixelModel(ClassModel):
             self.network = VelocityUNet(saved["pred"], saved["meanflow"], *sides) if flow else UNet(*sides)
             self.multistep, self.pred, self.shift = not flow, saved["pred"], saved.get("shift", 1.0)
             alpha_bar = None if flow else make_alpha_bar(saved["schedule"])
+            if saved.get("meanflow"):
+                raise Stop(f"{path} is a MeanFlow, which this script does not know: cfm_images.py --sample draws")
             if saved.get("condition", "none") != "none":
                 raise Stop(f"{path} translates pictures; this script serves models that draw from noise")
         except (KeyError, TypeError, ValueError) as e:
@@ -1953,7 +1998,8 @@ MAX_BODY = 64 * 1024
 
 def fields_of(model, args):
     """What POST /v1/images/generations takes, {name: JSON schema}."""
-    text = dict(type="string", maxLength=4000)
+    text = dict(type="string", maxLength=2000)
+    steps = min(args.max_steps, model.most_steps)
     fields = dict(
         prompt=dict(text, description="what to draw, such as: " + model.examples[0]),
         negative_prompt=dict(text, default="", description="what to keep away from, by guidance"),
@@ -1965,7 +2011,7 @@ def fields_of(model, args):
                   description=f"width x height in pixels, multiples of {model.unit}; auto: {model.size}x{model.size}"),
         seed=dict(type="integer", minimum=0, maximum=2 ** 53 - 1,
                   description="seed of the first picture, the next has the next; random unless given"),
-        num_inference_steps=dict(type="integer", minimum=1, maximum=args.max_steps, default=model.sample_steps,
+        num_inference_steps=dict(type="integer", minimum=1, maximum=steps, default=min(steps, model.sample_steps),
                                  description="steps from noise to data"),
         guidance_scale=dict(type="number", minimum=0, maximum=100, default=model.cfg_scale,
                             description="strength of classifier-free guidance; 1: off, which halves the work"),
@@ -1980,9 +2026,12 @@ def fields_of(model, args):
         stream=dict(type="boolean", default=False, description="progress and pictures as server-sent events"),
         partial_images=dict(type="integer", minimum=0, maximum=8, default=0,
                             description="with stream: how many pictures to send on the way"))
-    for name in ["class_label"] * (not model.classes) + ["negative_prompt"] * isinstance(model, ClassModel) + \
-            ["guidance_scale"] * (not model.guidance):
-        del fields[name]
+    if not model.classes:
+        del fields["class_label"]
+    if isinstance(model, ClassModel):
+        del fields["negative_prompt"]
+    if not model.guidance:
+        del fields["guidance_scale"]
     return fields | {name: dict(description="taken for the sake of clients, without effect") for name in IGNORED}
 
 
@@ -2032,9 +2081,13 @@ def make_job(asked, model, args):
                           "unknown_parameter")
         check_value(name, value, fields[name])
     if "class_label" in asked:
+        if asked.get("prompt"):
+            raise Refused(400, "class_label and prompt say the same: one of them", "class_label", "invalid_value")
         asked["prompt"] = str(asked["class_label"])
     if "prompt" not in asked:
         raise Refused(400, "prompt is missing", "prompt", "missing_required_parameter")
+    if asked.get("stream") and asked.get("response_format") == "url":
+        raise Refused(400, "response_format has to be b64_json with stream", "response_format", "invalid_value")
     asked = {name: schema["default"] for name, schema in fields.items() if "default" in schema} | asked
     for name in [name for name in ("prompt", "negative_prompt") if name in fields]:
         try:
@@ -2060,6 +2113,7 @@ def make_job(asked, model, args):
         check_value("lora", weight, dict(type="number", minimum=-10, maximum=10))
         lora.append((name, float(weight)))
     seed = asked.setdefault("seed", secrets.randbelow(2 ** 31))
+    check_value("seed", seed + asked["n"] - 1, fields["seed"])
     times = model.times(asked["num_inference_steps"], width, height)
     steps, k = len(times) - 1, asked["partial_images"] if asked["stream"] else 0
     job = Job(asked, float(asked.get("guidance_scale", 1)), {steps * i // (k + 1) for i in range(1, k + 1)} - {0})
@@ -2078,17 +2132,17 @@ def encode(picture, asked):
 
 class Shelf:
     """Pictures for response_format url, in memory: the newest, for an hour, under names that cannot be guessed."""
-    most, seconds = 256, 3600
+    most, seconds = 256 * 2 ** 20, 3600
 
     def __init__(self):
-        self.pictures, self.lock = collections.OrderedDict(), threading.Lock()
+        self.pictures, self.size, self.lock = collections.OrderedDict(), 0, threading.Lock()
 
     def put(self, content, kind):
-        name = f"{secrets.token_urlsafe(18)}.{kind}"
+        name, now = f"{secrets.token_urlsafe(18)}.{kind}", time.monotonic()
         with self.lock:
-            self.pictures[name] = time.monotonic(), content
-            while len(self.pictures) > self.most:
-                self.pictures.popitem(last=False)
+            self.pictures[name], self.size = (now, content), self.size + len(content)
+            while self.size > self.most or now - next(iter(self.pictures.values()))[0] > self.seconds:
+                self.size -= len(self.pictures.popitem(last=False)[1][1])
         return name
 
     def get(self, name):
@@ -2123,14 +2177,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         super().__init__((args.host, args.port), Handler)
         self.args, self.engine, self.model, self.shelf = args, None, None, Shelf()
-        self.slots, self.began, self.lock = threading.Semaphore(args.connections), time.time(), threading.Lock()
+        self.slots, self.lock = threading.Semaphore(args.connections), threading.Lock()
         self.counted, self.durations, self.open_requests = collections.Counter(), collections.Counter(), 0
         host = f"[{args.host}]" if ":" in args.host else args.host
         self.url = f"http://{host}:{self.server_port}"
 
     def process_request(self, request, client_address):
         if self.slots.acquire(blocking=False):
-            return super().process_request(request, client_address)
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:  # no more threads
+                self.slots.release()
         try:
             request.settimeout(0.1)
             request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n"
@@ -2147,7 +2204,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):                           # OSError: a client has gone
-            log(event="error", error=repr(sys.exc_info()[1])[:300])
+            log(event="error", error=traceback.format_exc()[-2000:])
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2166,15 +2223,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """An answer to a request that was not read to its end would be lost with the connection: let it arrive."""
-        super().finish()
         try:
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1)
-            for _ in range(64):
-                if not self.connection.recv(1 << 16):
-                    break
+            self.reader.until, b = time.monotonic() + 2, bytearray(1 << 16)
+            while self.reader.readinto(b):
+                pass
         except OSError:
             pass
+        super().finish()
 
     def log_message(self, *args):
         pass
@@ -2186,7 +2242,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Of the base class, for what is no HTTP."""
         self.close_connection, self.about, self.id = True, {}, secrets.token_hex(8)
         self.request_version = "HTTP/1.1"                                        # to have a head at all
+        self.command = getattr(self, "command", None)
         self.refuse(Refused(405 if code == 501 else code, message or "this is no HTTP that is known here"))
+        log(event="request", id=self.id, method=self.command, status=self.status, client=self.client_address[0],
+            **self.about)
 
     def answer(self):
         if self.request_version == "HTTP/0.9":
@@ -2194,21 +2253,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.about, self.status, began = {}, 0, time.monotonic()
         given = self.headers.get("X-Request-Id", "")
         self.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
-        self.where = self.path.partition("?")[0].partition("#")[0]
+        self.where = re.sub(r"^https?://[^/?#]*", "", self.path).partition("?")[0].partition("#")[0]
         with self.server.lock:
             self.server.open_requests += 1
+        body = None
         try:
-            self.route(self.read_body())
+            handler = self.route()
+            body = self.read_body()
+            handler(self, body)
         except Refused as e:
+            unread = body is None and self.headers.get("Content-Length", "0") != "0"
+            self.close_connection |= unread or "Transfer-Encoding" in self.headers
             self.refuse(e)
         except TimeoutError:
             self.close_connection = True
             if not self.status:
                 self.refuse(Refused(408, "the request came too slowly"))
         except ConnectionError:
-            self.close_connection, self.status = True, self.status or 499        # nginx's number for: has hung up
-        except Exception as e:
-            log(event="error", id=self.id, error=repr(e)[:300])
+            self.close_connection, self.status = True, 499                       # nginx's number for: has hung up
+        except Exception:
+            log(event="error", id=self.id, error=traceback.format_exc()[-2000:])
             self.close_connection = True
             if not self.status:
                 self.refuse(Refused(500, "this has failed; the log of the server says why"))
@@ -2239,34 +2303,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionError("hung up")
         return body
 
-    def route(self, body):
+    def route(self):
+        """-> what answers this request, before its body is read. Raises Refused."""
+        server, names = self.server, self.headers.get_all("Host", [])
+        host = re.sub(r":\d*$", "", names[0] if names else "localhost").strip("[]").lower()
+        if len(names) > 1:
+            raise Refused(400, "there are two Hosts")
+        if server.args.host in LOOPBACK and not server.args.api_key and host not in LOOPBACK:  # DNS rebinding
+            raise Refused(403, "this server is for this machine alone, by the name localhost or 127.0.0.1")
         method, handler = ROUTES.get(self.where, (None, None))
         if self.where.startswith(FILES):
             method, handler = "GET", Handler.file
-        host = re.sub(r":\d*$", "", self.headers.get("Host", "localhost")).strip("[]").lower()
-        if self.server.args.host in LOOPBACK and host not in LOOPBACK:  # another name that leads here: DNS rebinding
-            raise Refused(403, "this server is for this machine alone, by the name localhost or 127.0.0.1")
+        if self.where.startswith("/v1/models/"):
+            method, handler = "GET", Handler.one_model
         if handler is None:
             raise Refused(404, f"there is nothing at {self.where[:100]}; /openapi.json tells what there is")
         if method != {"HEAD": "GET"}.get(self.command, self.command):
-            raise Refused(405, f"{self.where} takes {method}")
-        if self.where in LOCKED and self.server.args.api_key:
+            raise Refused(405, f"{self.where} takes {method}", code=method)
+        if self.where not in OPEN and not self.where.startswith(FILES) and server.args.api_key:
             scheme, _, key = self.headers.get("Authorization", "").partition(" ")
-            right = hmac.compare_digest(key.encode("latin-1"), self.server.args.api_key.encode())
+            right = hmac.compare_digest(key.encode("latin-1"), server.args.api_key.encode())
             if scheme.lower() != "bearer" or not right:
                 raise Refused(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY",
                               code="invalid_api_key")
-        handler(self, body)
+        if self.where not in OPEN and server.engine is None:
+            raise Refused(503, "the model is being read", retry=2)
+        return handler
 
     def respond(self, status, content, kind="application/json", **headers):
         """A whole answer; content: bytes, or what is to be JSON."""
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
-        self.begin(status, kind, {"Content-Length": str(len(content)), **headers})
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        self.head(status, kind, {"Content-Length": str(len(content)), **headers})
+        for k in range(0, len(content) if self.command != "HEAD" else 0, 1 << 16):
+            self.wfile.write(content[k:k + (1 << 16)])  # for each part the client has WRITE_SECONDS
 
-    def begin(self, status, kind, headers):
+    def head(self, status, kind, headers):
         self.status = status
         self.connection.settimeout(WRITE_SECONDS)
         self.send_response(status)
@@ -2280,7 +2352,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, e):
         headers = {} if e.retry is None else {"Retry-After": str(e.retry)}
-        headers |= {"WWW-Authenticate": "Bearer"} if e.status == 401 else {}
+        headers |= {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": e.code}}.get(e.status, {})
         self.about["error"] = str(e)[:200]
         try:
             self.respond(e.status, e.body(), **headers)
@@ -2305,13 +2377,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(200 if ready else 503, dict(status="ready" if ready else "not ready"))
 
     def models(self, body):
+        self.respond(200, dict(object="list", data=[self.about_model()]))
+
+    def one_model(self, body):
+        if self.where != f"/v1/models/{self.server.model.name}":
+            raise Refused(404, "there is no such model", "model", "model_not_found")
+        self.respond(200, self.about_model())
+
+    def about_model(self):
         model = self.server.model
         fields = fields_of(model, self.server.args)
-        self.respond(200, dict(object="list", data=[dict(
+        return dict(
             id=model.name, object="model", created=model.created, owned_by="serve.py", kind=model.kind, size=model.size,
             unit=model.unit, max_size=self.server.args.max_size or model.grows * model.size, loras=list(model.loras),
-            examples=model.examples[:8], guidance=model.guidance, max_n=self.server.args.max_n,
-            defaults={name: schema["default"] for name, schema in fields.items() if "default" in schema})]))
+            examples=model.examples[:3], classes=model.classes, max_n=self.server.args.max_n,
+            defaults={name: schema["default"] for name, schema in fields.items() if "default" in schema})
 
     def openapi(self, body):
         error = dict(description="what is wrong", content={"application/json": dict(schema=dict(type="object"))})
@@ -2322,7 +2402,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             summary="draws pictures",
             responses={"200": done, **{str(status): error for status in (400, 401, 404, 429, 503, 504)}},
             requestBody=dict(required=True, content={"application/json": dict(schema=dict(
-                type="object", required=["prompt"], additionalProperties=False,
+                type="object", additionalProperties=False,
+                anyOf=[dict(required=["prompt"])] + [dict(required=["class_label"])] * bool(self.server.model.classes),
                 properties=fields_of(self.server.model, self.server.args)))}))
         self.respond(200, dict(openapi="3.1.0", info=dict(title="serve.py", version="1"), paths=paths))
 
@@ -2341,16 +2422,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             (("sum", round(seconds, 6)), ("count", sum(n for (p, _), n in counted.items() if p == path)))})
         for name in ("pictures", "steps", "picture_steps"):
             metric(f"{name}_total", "counter", **{f"{name}_total": engine.counted[name]})
-        metric("pictures_waiting", "gauge", pictures_waiting=len(engine.waiting))
-        metric("pictures_active", "gauge", pictures_active=len(engine.active))
+        metric("pictures_under_way", "gauge", pictures_under_way=len(engine.pictures))
         metric("ready", "gauge", ready=int(engine.ready))
         self.respond(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
     def file(self, body):
         content = self.server.shelf.get(self.where.removeprefix(FILES))
         if content is None:
-            raise Refused(404, "there is no such picture, or no more: they are kept for an hour, the newest "
-                          f"{Shelf.most} of them")
+            raise Refused(404, "there is no such picture, or no more: the newest are kept, for an hour at most")
         self.respond(200, content, f"image/{self.where.rpartition('.')[2]}")
 
     def generations(self, body):
@@ -2358,6 +2437,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(415, "Content-Type has to be application/json")
         asked = parse_json(body)
         job = make_job(asked, self.server.model, self.server.args)
+        job.id = self.id
         self.about |= {k: job.asked[k] for k in ("n", "size", "num_inference_steps", "seed")}
         if job.pictures[0].lora:
             self.about["lora"] = job.pictures[0].lora
@@ -2376,7 +2456,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         left = len(job.pictures)
         while left:
             try:
-                what, about = job.events.get(timeout=0.2)
+                what, about = job.news.get(timeout=0.2)
             except queue.Empty:
                 what = about = None
             if what == "failed":
@@ -2390,6 +2470,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 yield what, about
 
     def hung_up(self):
+        """Whether the client has closed its side. Where the system cannot say so, that shows at the end of what it has
+        sent."""
+        if hasattr(select, "POLLRDHUP"):
+            poll = select.poll()
+            poll.register(self.connection, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+            return bool(poll.poll(0))
         try:
             self.connection.settimeout(0)
             return self.connection.recv(1, socket.MSG_PEEK) == b""
@@ -2404,7 +2490,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked["response_format"] == "url":
             host = self.headers.get("Host") or self.server.url.partition("//")[2]
             name = self.server.shelf.put(content, asked["output_format"])
-            return dict(url=f"http://{host}{FILES}{name}", seed=picture.seed)
+            scheme = "https" if self.headers.get("X-Forwarded-Proto") == "https" else "http"
+            return dict(url=f"{scheme}://{host}{FILES}{name}", seed=picture.seed)
         return dict(b64_json=base64.b64encode(content).decode(), seed=picture.seed)
 
     def collect(self, job):
@@ -2417,7 +2504,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Server-sent events: OpenAI's, and image_generation.progress. What fails after the first goes as an event."""
         self.close_connection, done, sent = True, 0, 0
         total = sum(len(p.times) - 1 for p in job.pictures)
-        self.begin(200, "text/event-stream", {})
+        self.head(200, "text/event-stream", {})
 
         def send(kind, **about):
             text = json.dumps(dict(type=kind, **about))
@@ -2435,7 +2522,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     sent += what == "partial"
                     send(f"image_generation.{kind}", image_index=about[0].index, **self.entry(*about), **more, **common)
         except Refused as e:
-            self.about["error"] = str(e)
+            self.about["error"], self.status = str(e), e.status                  # for the log: 200 has been said
             send("error", **e.body())
 
 
@@ -2443,13 +2530,16 @@ FILES = "/v1/images/files/"
 ROUTES = {"/": ("GET", Handler.page), "/healthz": ("GET", Handler.healthz), "/readyz": ("GET", Handler.readyz),
           "/metrics": ("GET", Handler.metrics), "/openapi.json": ("GET", Handler.openapi),
           "/v1/models": ("GET", Handler.models), "/v1/images/generations": ("POST", Handler.generations)}
-LOCKED = ("/v1/models", "/v1/images/generations", "/metrics")  # with the API key
+OPEN = ("/", "/healthz", "/readyz")  # without the API key; the names of files cannot be guessed
 
 
 def log(**about):
     """One line of JSON."""
-    sys.stdout.write(json.dumps(dict(time=round(time.time(), 3), **about)) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(dict(time=round(time.time(), 3), **about)) + "\n")
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more
+        pass
 
 
 # -----------------------------------------------------------------------------
@@ -2467,7 +2557,7 @@ textarea, input, select, button { font: inherit; padding: .45rem .7rem; border: 
 textarea, input, select, button { border-radius: .5rem; background: none; color: inherit; }
 textarea, input, select { width: 100%; }
 option { color: initial; }
-.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
+.row:not([hidden]) { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
 textarea { resize: vertical; }
 button { cursor: pointer; }
 button.main { background: var(--accent); border-color: var(--accent); color: #fff; font-weight: 600; }
@@ -2502,7 +2592,8 @@ async function start() {
     $(name).value = model.defaults[name] ?? '';
     $(name).parentElement.hidden = name != 'seed' && !(name in model.defaults);
   }
-  $('prompt').required = model.kind == 'text2img' || model.kind == 'sd';
+  $('prompt').required = 'negative_prompt' in model.defaults;
+  $('prompt').labels[0].textContent = model.classes.length ? 'Class' : 'Prompt';
   $('n').max = model.max_n;
   const sides = [...new Set([.5, 1, 1.5, 2].map(k => k * model.size))].filter(
     side => side % model.unit == 0 && side <= model.max_size);
@@ -2510,17 +2601,17 @@ async function start() {
   $('size').replaceChildren(...['auto', ...sizes].map(s => new Option(s, s)));
   $('lora').replaceChildren(new Option('none', ''), ...model.loras.map(s => new Option(s, s)));
   $('loras').hidden = !model.loras.length;
-  $('examples').replaceChildren(...model.examples.slice(0, 3).map(text => {
+  $('examples').replaceChildren(...(model.classes.length ? model.classes : model.examples).slice(0, 40).map(text => {
     const b = document.createElement('button'); b.type = 'button'; b.textContent = text;
     b.onclick = () => { $('prompt').value = text; $('prompt').focus(); }; return b; }));
-  say('Ready.'); $('go').disabled = false;
+  say('Ready.'); $('go').disabled = false; $('prompt').focus();
 }
 
 function asked() {
   const body = {prompt: $('prompt').value};
   for (const name of fields) if ($(name).value !== '')
     body[name] = ['negative_prompt', 'size'].includes(name) ? $(name).value : Number($(name).value);
-  if ($('lora').value) body.lora = [{name: $('lora').value, weight: Number($('weight').value)}];
+  if ($('lora').value) body.lora = [{name: $('lora').value, weight: Number($('weight').value || 1)}];
   return body;
 }
 
@@ -2540,7 +2631,7 @@ function finish({f, img, caption}, body, event) {
   down.download = body.prompt.replace(/[^a-z0-9]+/gi, '_').slice(0, 60) + '_' + event.seed + '.png';
   down.textContent = 'download';
   again.type = 'button'; again.textContent = 'copy as curl';
-  const secret = key() ? " -H 'Authorization: Bearer '$SERVE_API_KEY" : '';
+  const secret = key() ? ' -H "Authorization: Bearer $SERVE_API_KEY"' : '';
   again.onclick = async () => {
     const text = "curl " + location.origin + "/v1/images/generations -H 'Content-Type: application/json'" + secret
       + " -d '" + JSON.stringify(one).replaceAll("'", "'\\\\''") + "'";
@@ -2559,6 +2650,7 @@ async function draw() {
   try {
     const answer = await fetch('v1/images/generations', {method: 'POST', headers: headers(), signal: stop.signal,
       body: JSON.stringify({...body, stream: true, partial_images: 5})});
+    if (answer.status == 401) { begin(); throw new Error('The key is wrong.'); }
     if (!answer.ok) throw new Error((await answer.json()).error.message);
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let text = ''; ;) {
@@ -2570,7 +2662,7 @@ async function draw() {
         if (event.error) throw new Error(event.error.message);
         if (event.type == 'image_generation.progress') {
           $('bar').max = event.steps; $('bar').value = event.step;
-          say('Step ' + event.step + ' of ' + event.steps + '.');
+          if (event.step == 1) say('Drawing.');
           continue;
         }
         const c = cards[event.image_index];
@@ -2590,25 +2682,28 @@ async function draw() {
 
 $('form').onsubmit = event => { event.preventDefault(); if (!$('go').disabled) draw(); };
 $('prompt').onkeydown = event => {
-  if (event.key == 'Enter' && !event.shiftKey) { event.preventDefault(); $('form').requestSubmit(); }
+  if (event.key != 'Enter' || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $('form').requestSubmit();
 };
 $('stop').onclick = () => stop.abort();
-$('enter').onclick = () => { sessionStorage.setItem('key', $('key').value); start(); };
-start().catch(() => say('The server does not answer.', true));
+$('lock').onsubmit = event => { event.preventDefault(); sessionStorage.setItem('key', $('key').value); begin(); };
+const begin = () => start().catch(() => say(key() ? 'The key is wrong.' : 'The server does not answer.', true));
+begin();
 """
 
 PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>serve.py</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
 <h1>Draw a picture<small id="name"></small></h1>
+<form id="lock" hidden><label for="key">API key</label><input id="key" type="password" autocomplete="off">
+<div class="bar"><button>Use it</button></div></form>
 <main><form id="form">
-<div id="lock" hidden><label for="key">API key</label><input id="key" type="password" autocomplete="off">
-<div class="bar"><button type="button" id="enter">Use it</button></div></div>
-<label for="prompt">Prompt</label><textarea id="prompt" rows="3" required autofocus></textarea><div id="examples"></div>
+<label for="prompt">Prompt</label><textarea id="prompt" rows="3" required></textarea><div id="examples"></div>
 <div class="bar"><button class="main" id="go" disabled>Draw</button>
 <button type="button" id="stop" hidden>Stop</button></div>
-<progress id="bar" hidden></progress><p id="say" role="status" aria-live="polite">Loading.</p>
-<div><label for="negative_prompt">Keep away from</label><input id="negative_prompt"></div>
+<progress id="bar" hidden aria-label="progress"></progress><p id="say" role="status" aria-live="polite">Loading.</p>
+<div><label for="negative_prompt">Without</label><input id="negative_prompt"></div>
 <div class="row">
 <div><label for="num_inference_steps">Steps</label><input id="num_inference_steps" type="number" min="1"></div>
 <div><label for="guidance_scale">Guidance</label><input id="guidance_scale" type="number" min="0" step="any"></div>
@@ -2616,7 +2711,7 @@ PAGE = f"""<!doctype html>
 <div class="row"><div><label for="n">Pictures</label><input id="n" type="number" min="1"></div>
 <div><label for="size">Size</label><select id="size"></select></div></div>
 <div class="row" id="loras" hidden><div><label for="lora">LoRA</label><select id="lora"></select></div>
-<div><label for="weight">Its weight</label><input id="weight" type="number" step="any" value="1"></div></div>
+<div><label for="weight">LoRA weight</label><input id="weight" type="number" step="any" value="1"></div></div>
 </form><section id="gallery" aria-label="Pictures"></section></main><script>{SCRIPT}</script></body></html>
 """.encode()
 PAGE_HASHES = ["sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -2846,6 +2941,11 @@ def on_each_node(make, rank, world):
     return [result for result in results if result is not None]
 
 
+def stop_at_once(number, frame):
+    """Signal handler: KeyboardInterrupt, as Ctrl-C does by itself, that knows which signal it was."""
+    raise KeyboardInterrupt(number)
+
+
 # -----------------------------------------------------------------------------
 # Start: what was asked for, and one sentence with an exit status when it cannot be had.
 
@@ -2865,12 +2965,15 @@ def open_model(args):
         model = kinds[about["script"]](Path(name), args)
     else:
         model = SDModel(name, args)
+    if args.max_size and args.max_size < model.size:
+        raise Stop(f"--max_size {args.max_size} is less than the model draws, {model.size}")
     if args.lora_dir and not Path(args.lora_dir).is_dir():
         raise Stop(f"--lora_dir {args.lora_dir} is no folder")
     for file in sorted(Path(args.lora_dir).glob("*.safetensors")) if args.lora_dir else ():
         model.add_lora(file.stem, file)
     if args.compile:
-        model.network.compile()
+        torch._dynamo.config.cache_size_limit = 64  # of sizes of batch
+        model.network.compile(dynamic=False)
     return model
 
 
@@ -2880,47 +2983,49 @@ def serve(args):
         server = Server(args)  # before the model is read: a port that is taken should not cost a minute
     except (OSError, OverflowError) as e:
         raise Stop(f"cannot listen at --host {args.host} --port {args.port}: {getattr(e, 'strerror', None) or e}", 1)
-    came, stopped = [], threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True, kwargs=dict(poll_interval=0.1)).start()
+    began, came = time.time(), []
+    server.model = model = open_model(args)
+    engine = Engine(model, args.max_batch, args.max_queue)
 
     def note(number, frame):
         if came:
             os._exit(128 + number)
         came.append(number)
-        stopped.set()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
-    began = time.time()
-    server.model = model = open_model(args)
-    server.engine = engine = Engine(model, args.max_batch, args.max_queue)
     engine.start()
-    threading.Thread(target=server.serve_forever, daemon=True, kwargs=dict(poll_interval=0.1)).start()
-    while not engine.ready and engine.is_alive() and not came:
-        time.sleep(0.01)
-    if engine.ready:
-        log(event="ready", url=server.url, model=model.name, loras=list(model.loras), device=str(model.device),
-            seconds=round(time.time() - began, 2))
-    while engine.is_alive() and not stopped.wait(0.5):
-        pass
-    if not engine.is_alive():
-        raise Stop(engine.refusal, 1)
-    engine.refusal = "the server is going down"
-    log(event="draining", requests=server.open_requests)
+    server.engine = engine
+    while engine.is_alive() and not came:
+        if engine.ready and began:
+            log(event="ready", url=server.url, model=model.name, loras=list(model.loras), device=str(model.device),
+                dtype=str(model.dtype)[6:], seconds=round(time.time() - began, 2))
+            began = None
+        time.sleep(0.02 if began else 0.2)
+    if engine.is_alive():
+        engine.refusal = "the server is going down"
+        log(event="draining", pictures=len(engine.pictures))
     until = time.monotonic() + args.deadline
-    while (engine.busy() or server.open_requests) and time.monotonic() < until:
+    time.sleep(0.3)  # for clients that came just now to be told
+    while (engine.pictures and engine.is_alive() or server.open_requests) and time.monotonic() < until:
         time.sleep(0.02)
     server.shutdown()
+    if not engine.is_alive():
+        raise Stop(engine.refusal, 1)
+    engine.end()
     log(event="stopped")
-    return 130 if came and came[0] == signal.SIGINT else 0
+    return 130 if came[0] == signal.SIGINT else 0
 
 
 def main(argv=None):
     """-> the exit status: 0 after SIGTERM, 1 for a failure at run time, 2 for wrong input, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, stop_at_once)
     try:
         return serve(parse_args(argv))
     except Stop as e:
         sentence, code = str(e), e.code
-    except KeyboardInterrupt:
-        sentence, code = "stopped", 130
+    except KeyboardInterrupt as e:
+        sentence, code = "stopped before the model was there", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

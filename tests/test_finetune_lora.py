@@ -964,6 +964,56 @@ def test_the_loss_goes_down(pipelines):
     assert np.mean(losses[-2:]) < 0.85 * np.mean(losses[:2])
 
 
+def test_what_lies_in_out_stays(pipelines, capsys):
+    """Files of the user, a folder that an interrupted --sample left, and every LoRA of earlier runs."""
+    folder, _ = pipelines("sd")
+    photographs(2)
+    out, told = Path("out/finetune_lora"), ["--base", folder, "--data", "dog", "--instance_prompt", "x", *FEW, "--steps", 1]
+    for name in ("film.mkv.part", "samples/001.png", "downloads/a.1.part", "generated.part/000000.png"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "ckpt.pt.123.part").write_text("killed")
+    for _ in range(3):
+        assert run(*told) == 0, capsys.readouterr().err
+    assert all((out / name).read_text() == "mine" for name in ("film.mkv.part", "samples/001.png", "downloads/a.1.part"))
+    assert not (out / "ckpt.pt.123.part").exists()
+    assert sorted(p.name for p in out.glob("lora*")) == ["lora.safetensors", "lora.safetensors.old", "lora.safetensors.old1"]
+
+
+def test_a_prompt_without_sample_draws(pipelines, monkeypatch):
+    """Nothing speaks of training, which would take the place of what was trained."""
+    lora_for("sd", pipelines)
+    monkeypatch.setattr(mm, "train", None)
+    assert run("--base", pipelines("sd")[0], "--size", 64, "--sample_steps", 1, "--device", "cpu", "--lora", "lora.safetensors",
+               "--prompt", "a", "b") == 0
+    assert len(list(Path("out/finetune_lora/generated").glob("*.png"))) == 8
+
+
+def test_left_and_right_are_not_mirrored(pipelines, monkeypatch):
+    folder, _ = pipelines("sd")
+    photographs(2)
+    Path("dog/0.txt").write_text("a dog that looks left")
+    Path("dog/1.txt").write_text("a dog")
+    seen, loss = {}, mm.diffusion_loss
+    monkeypatch.setattr(mm, "diffusion_loss", lambda model, z0, *more: seen.update({z0[i].sum().item(): 1 for i in range(
+        len(z0))}) or loss(model, z0, *more))
+    assert run("--base", folder, "--data", "dog", *FEW, "--steps", 12) == 0
+    assert len(seen) == 3, "one of them as it is, and one in both ways"
+
+
+def test_a_broken_picture_of_the_class_is_drawn_again(pipelines):
+    folder, _ = pipelines("sd")
+    photographs(2)
+    told = ["--base", folder, "--data", "dog", "--instance_prompt", "x", *FEW, "--class_prompt", "a dog", "--class_images", 3]
+    assert run(*told) == 0
+    files = sorted(Path("data/cache").glob("class-*/*.png"))
+    whole = [file.read_bytes() for file in files]
+    files[0].write_text("junk")
+    files[1].write_bytes(whole[1][:len(whole[1]) // 2])
+    Image.new("L", (5, 5)).save(files[2])
+    assert run(*told) == 0 and [file.read_bytes() for file in files] == whole
+
+
 # A full disk, kill -9, no memory
 
 
@@ -1097,6 +1147,10 @@ WRONG = {
     "batch": (["--batch_size", "3", "--accum", "2"], "--batch_size 3"),
     "dropout": (["--lora_dropout", "1"], "--lora_dropout"),
     "an empty prompt file": (["--prompt", "empty.txt"], "is empty"),
+    "no number": (["--sample", "2", "--prompt", "a", "--lora", "nothing.safetensors:nan"], "'nan' is no weight"),
+    "alpha": (["--alpha", "0"], "--alpha 0"), "no folder": (["--out", ""], "--out"),
+    "out in data": (["--out", "dog/out"], "would be learnt"), "a mistyped file": (["--base", "out/x.safetensors"], "does not exist"),
+    "class prompts": (["--class_prompt", "a", "b", "--class_images", "1"], "too few for 2 class prompts"),
 }
 
 
