@@ -1087,15 +1087,11 @@ PROMPTS = ["a gray cat with green eyes on a blue background", "an orange fox wit
            "a white rabbit", "a brown bear with blue eyes on a teal background"]
 
 
-def part_serve(args):
-    ckpt, rows, told = Path("out/text2img/model.safetensors"), [], dict(num_inference_steps=20)
-    if not ckpt.exists():
-        print(f"## serve: there is no {ckpt}; python text2img.py makes it\n")
-        return
-    found, ready = {}, []
+def serve_load(args, ckpt):
+    """Closed loops of clients: each asks for its next picture when it has one."""
+    rows, told, found = [], dict(num_inference_steps=20), {}
     for name, batch in (("together", "16"), ("one by one", "1")):
         with Clients(ckpt, args.device, "--max_batch", batch, "--max_queue", "256") as server:
-            ready.append(server.seconds_to_ready)
             server.load(1, 3, **told)
             for clients in (1, 4, 16, 64):
                 found[name, clients] = server.load(clients, max(48, 4 * clients), **told)
@@ -1106,6 +1102,10 @@ def part_serve(args):
     print(f"## A server under load: {ckpt}, 20 guided steps\n\n{machine(args.device)}")
     table(["speed, together / one by one", "clients", "images/s together", "one by one", "p50 together", "p99 together",
            "p50 one by one", "p99 one by one"], rows)
+
+
+def serve_costs(args, ckpt):
+    """What a server adds to the work itself, and whether its memory grows."""
     with Clients(ckpt, args.device) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         model = serve.open_model(serve.parse_args(["--ckpt", str(ckpt), "--device", args.device]))
@@ -1114,7 +1114,7 @@ def part_serve(args):
         for _ in range(40):
             began = time.perf_counter()
             picture = serve.Picture(serve.Job(asked, 1.0, ()), 0, 0, model.shape(model.size, model.size), [1.0, 0.0], ())
-            model.begin(picture)
+            model.join(picture)
             serve.step(model, [picture])
             serve.encode(model.decode(picture.z), asked)
             alone.append(time.perf_counter() - began)
@@ -1127,8 +1127,17 @@ def part_serve(args):
         print("## What a server adds\n")
         table(["start to ready", "a request of one step, over the same without a server", "pictures in the soak", "seconds",
                "resident after its first, its middle, its last round"], [[
-                   f"{statistics.median(ready):.1f} s", f"{extra:.1f} ms", str(n), f"{time.perf_counter() - began:.0f}",
+                   f"{server.seconds_to_ready:.1f} s", f"{extra:.1f} ms", str(n), f"{time.perf_counter() - began:.0f}",
                    ", ".join(f"{before[int(k * (len(before) - 1))]:.0f} MB" for k in (0, 0.5, 1))]])
+
+
+def part_serve(args):
+    ckpt = Path("out/text2img/model.safetensors")
+    if ckpt.exists():
+        serve_load(args, ckpt)
+        serve_costs(args, ckpt)
+    else:
+        print(f"## serve: there is no {ckpt}; python text2img.py makes it\n")
 
 
 def main():
