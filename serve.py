@@ -2270,7 +2270,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(e)
         except TimeoutError:
             self.close_connection = True
-            if not self.status:
+            if self.status:  # an answer that nobody takes
+                self.status = 499
+            else:
                 self.refuse(Refused(408, "the request came too slowly"))
         except ConnectionError:
             self.close_connection, self.status = True, 499                       # nginx's number for: has hung up
