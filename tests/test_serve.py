@@ -137,11 +137,13 @@ def another(*flags):
 @pytest.mark.parametrize("flags, body", [
     ([], {}), (["--cfg_scale", "3.5"], dict(guidance_scale=3.5)), (["--cfg_scale", "1"], dict(guidance_scale=1)),
     (["--sample_steps", "3"], dict(num_inference_steps=3)), (["--negative_prompt", "a dog"], dict(negative_prompt="a dog")),
-    (["--size", "48"], dict(size="48x48"))])
-def test_the_pictures_are_text2imgs(flags, body, server):
+    (["--size", "48"], dict(size="48x48")), (["--cfg_scale", "40", "--cfg_interval", "0.3", "0.7"], dict(guidance_scale=40))])
+def test_the_pictures_are_text2imgs(flags, body, server, monkeypatch):
     """As text2img.py --sample draws them from the same seed and settings."""
     told = ["--ckpt", "out/text2img/model.safetensors", "--sample", "1", "--prompt", "a dog with a hat", "--device", "cpu",
             "--dtype", "fp32", "--out", "there", "--seed", "7"]
+    if "--cfg_interval" in flags:
+        monkeypatch.setattr(server.model, "cfg_interval", [0.3, 0.7])
     assert text2img.main(told + flags) == 0
     theirs = np.asarray(Image.open("there/generated/000000.png")).astype(int)
     ours = server.draw("a dog with a hat", seed=7, **body)[0]
@@ -150,7 +152,7 @@ def test_the_pictures_are_text2imgs(flags, body, server):
 
 def test_the_picture_of_a_seed_is_the_same_alone_and_in_any_company(server):
     asked = [dict(prompt=p, seed=s, num_inference_steps=n, guidance_scale=c, lora=lora) for p, s, n, c, lora in (
-        ("a cat", 1, 8, 1, []), ("a small dog on a hill", 2, 5, 4, []), ("", 3, 11, 2.5, []), ("a cat", 4, 6, 7, ["red"]),
+        ("a cat", 1, 8, 1, []), ("a small dog on a hill", 2, 5, 40, []), ("dog", 3, 11, 2.5, []), ("a cat", 4, 6, 7, ["red"]),
         ("a cat", 1, 8, 1, ["red"]), ("a mouse", 5, 9, 1.5, [{"name": "blue", "weight": 0.5}, "red"]))]
     alone = [server.draw(**body)[0] for body in asked]
     before = dict(server.engine.counted)
@@ -366,6 +368,7 @@ def test_openais_client(client, server):
     assert len(answer.data) == 2 and abs(answer.created - time.time()) < 60
     assert all(np.array_equal(pixels(entry.b64_json), picture) for entry, picture in zip(answer.data, drawn))
     url = client.images.generate(prompt="a cat", response_format="url", output_format="jpeg", extra_body=dict(seed=5)).data[0].url
+    assert re.search(r"/v1/images/files/[\w-]{20,}\.jpeg$", url), "cannot be guessed"
     with urllib.request.urlopen(url) as answer:
         assert answer.headers["Content-Type"] == "image/jpeg" and Image.open(io.BytesIO(answer.read())).size == (32, 32)
     assert [model.id for model in client.models.list()] == ["text2img"] == [client.models.retrieve("text2img").id]
@@ -720,11 +723,11 @@ def request(url, seconds=60, **body):
 def test_a_signal_finishes_what_was_taken(number, status, home):
     process, ready = start(cwd=home)
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(request(ready["url"], prompt="a cat", num_inference_steps=150)))
+    thread = threading.Thread(target=lambda: answers.append(request(ready["url"], prompt="a cat", n=4, num_inference_steps=250)))
     thread.start()
     time.sleep(0.7)
     process.send_signal(number)
-    time.sleep(0.1)
+    time.sleep(0.8)  # it looks for one five times a second, and then goes on listening for a moment
     with pytest.raises(OSError):
         request(ready["url"], prompt="a cat", num_inference_steps=1)
     thread.join()
