@@ -3282,7 +3282,7 @@ def sample_only(args):
         noise = next(image_noise(args.seed, i // P, base.shape(), device))
         x.append(generate(base, noise, pick(text, i % P), pick(text_null, [0] * len(i)), amp))
         for j, drawn in zip(i, x[-1]):
-            Image.fromarray(drawn).save(part / f"{j:06d}.png")
+            write_atomically(part / f"{j:06d}.png", lambda f: Image.fromarray(drawn).save(f, "PNG"))
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         about = {k: getattr(args, k) for k in "base lora negative_prompt seed cfg_scale sample_steps sampler".split()}

@@ -1038,6 +1038,25 @@ def test_a_full_disk_while_saving(pipelines, capsys):
     assert run("--resume", out / "ckpt.pt", "--steps", 4, "--device", "cpu") == 0
 
 
+def test_a_full_disk_while_drawing(pipelines, capsys):
+    """The sentence names the file; what was drawn before stays."""
+    resource = pytest.importorskip("resource")
+    draw = ["--base", pipelines("sd")[0], "--size", 64, "--sample_steps", 1, "--device", "cpu", "--sample", 2, "--prompt", "x"]
+    assert run(*draw) == 0
+    generated = Path("out/finetune_lora/generated")
+    before, limits = {file.name: file.read_bytes() for file in generated.iterdir()}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        assert run(*draw, "--seed", 1) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "000000.png" in said and "File too large" in said
+    assert {file.name: file.read_bytes() for file in generated.iterdir()} == before
+    assert run(*draw, "--seed", 1) == 0
+
+
 def test_kill(tmp_path):
     """Killed at once while it trains: what was saved last is whole, and the run goes on from there."""
     mm.save_random_base(Path("base.safetensors"))
