@@ -10,7 +10,8 @@ The idea is the first screen after the flags: pictures that are under way take t
 own time to its own next, so that a request need not wait for those before it to end.
 
 Expected, with the small model of text2img.py: ready in 2 s on two cores of a shared Intel Xeon (torch 2.13.0); pictures
-of 20 guided steps 2.0 a second for one client, 3.6 for 64 of them. GPU: not measured yet. Writes nothing but its log.
+of 20 guided steps 2.0 a second for one client, 3.6 for 64 of them. GPU: not measured yet. It writes its log to stdout
+and, into data/weights, what it had to take from the hub.
 
 Papers: continuous batching, there of language models, Orca (OSDI 2022); flow matching 2210.02747; guidance 2207.12598,
 in an interval 2404.07724; LoRA 2106.09685.
@@ -41,6 +42,7 @@ import time
 import traceback
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from pathlib import Path
@@ -112,26 +114,50 @@ def check(args, error):
     if args.max_n > args.max_queue:
         error(f"--max_n {args.max_n} is more than --max_queue {args.max_queue}, and so could never be had")
     if not 0 < args.deadline < 2 ** 31:
-        error("--deadline has to be more than 0 seconds")
+        error("--deadline has to lie between 0 and 2^31 seconds")
     if not 0 <= args.port < 65536:
         error("--port has to lie between 0 and 65535")
     args.api_key = args.api_key or os.environ.get("SERVE_API_KEY") or None
+    if args.api_key and not args.api_key.isascii():  # which clients send in one encoding or the other
+        error("the API key has to be of ASCII letters, digits and signs")
     if args.host not in LOOPBACK and not args.api_key and not args.public:
         error(f"--host {args.host} lets others in: set SERVE_API_KEY, or say --public if all may use it")
 
 # -----------------------------------------------------------------------------
 # The method. Each model here is an ODE whose solution z = x0 + t d leads from noise to data: a flow in the time t, with
-# the velocity d, or a diffusion in its noise level t, with d = eps. Euler's method asks the network for d and goes from
-# t to the next time; a network is told t for each picture of a batch, so that each can be at another.
+# the velocity d = eps - x0, or a diffusion in its noise level t = sigma, with d = eps: divided by sqrt(alpha_bar), its
+# xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps has this form, too (2206.00364). Euler's method asks the network for
+# d and goes from t to the next time; a network is told t for each picture of a batch, so that each can be at another.
+#
+# A request, from left to right:
+#   HTTP thread: parse_json, make_job, Engine.submit | engine thread: Model.join, step ..., Model.decode, Job.tell
+#   | HTTP thread: Handler.events, collect or stream.
+# Of what the threads share, Engine.pictures and refusal change under the lock `changed`; Job.news is a queue; Job.over
+# only ever becomes true.
+
+
+class Job:
+    """One request, between the thread that answers it and the engine: what it asks for, what the network is told and
+    kept away from (tensors with a first dimension of 1), and what there is to tell."""
+
+    def __init__(self, asked, cfg_scale, partial_at):
+        self.asked, self.cfg_scale, self.partial_at = asked, cfg_scale, partial_at
+        self.pictures, self.text, self.txt_null = [], None, None
+        self.news, self.over, self.id = queue.SimpleQueue(), False, None
+        self.began, self.started = time.monotonic(), None
+
+    def tell(self, what, about=None):
+        self.over |= what == "failed"
+        self.news.put((what, about))
 
 
 class Picture:
-    """One picture under way. z (C, h, w), in `shape`, and times from noise to data, of which `k` are done; before: the
-    last estimate of x0; lora: names and weights. job is the request it is for, index its place in that."""
+    """One picture under way. z (C, h, w), in `shape`, and times from noise to data, of which `k` are done; prev_x0:
+    the last estimate of x0; lora: names and weights. job is the request it is for, index its place in that."""
 
     def __init__(self, job, index, seed, shape, times, lora):
         self.job, self.index, self.seed, self.shape, self.times, self.lora = job, index, seed, shape, times, lora
-        self.z, self.before, self.k = None, None, 0
+        self.z, self.prev_x0, self.k = None, None, 0
 
     @property
     def group(self):
@@ -146,24 +172,24 @@ class Picture:
 @torch.no_grad()
 def step(model, pictures):
     """The next step of pictures of one group -> the estimate of x0 of each. Those that are guided are in the batch
-    twice, told their text and text_null (2207.12598); outside an interval of t guidance is left out (2404.07724)."""
-    levels = torch.tensor([model.level(p.times[p.k]) for p in pictures], device=model.device)
+    twice, told their text and txt_null (2207.12598); outside an interval of t guidance is left out (2404.07724)."""
+    timesteps = torch.tensor([model.timestep(p.times[p.k]) for p in pictures], device=model.device)
     t, s = (torch.tensor([p.times[p.k + i] for p in pictures], device=model.device).view(-1, 1, 1, 1) for i in (0, 1))
     z = torch.stack([p.z for p in pictures])                                     # (B, C, h, w)
     first, last = model.cfg_interval
     guided = [i for i, p in enumerate(pictures) if p.job.cfg_scale != 1
               and first - 1e-6 <= p.times[p.k] <= last + 1e-6]
-    texts = [p.job.text for p in pictures] + [pictures[i].job.text_null for i in guided]
+    texts = [p.job.text for p in pictures] + [pictures[i].job.txt_null for i in guided]
     text = [torch.cat(parts) for parts in zip(*texts)]                           # (B + guided, ...) each
-    d = model.derivative(*(torch.cat([a, a[guided]]) for a in (z, t, levels)), text)
-    d, without = d.split([len(pictures), len(guided)])
+    d = model.derivative(*(torch.cat([a, a[guided]]) for a in (z, t, timesteps)), text)
+    d, uncond = d.split([len(pictures), len(guided)])
     if guided:
-        scale = torch.tensor([pictures[i].job.cfg_scale for i in guided], device=z.device).view(-1, 1, 1, 1)
-        d = d.index_copy(0, torch.tensor(guided, device=z.device), without + scale * (d[guided] - without))
+        cfg_scale = torch.tensor([pictures[i].job.cfg_scale for i in guided], device=z.device).view(-1, 1, 1, 1)
+        d = d.index_copy(0, torch.tensor(guided, device=z.device), uncond + cfg_scale * (d[guided] - uncond))
     x0 = model.clip(z - t * d)
     towards = torch.stack([look_back(p, x) for p, x in zip(pictures, x0)]) if model.multistep else x0
-    for p, moved, x in zip(pictures, s / t * z + (1 - s / t) * towards, x0):     # z + (s - t) d, if towards x0
-        p.z, p.before, p.k = moved, x, p.k + 1
+    for p, moved, x in zip(pictures, s / t * z + (1 - s / t) * towards, x0):     # = z + (s - t) d where towards is x0
+        p.z, p.prev_x0, p.k = moved, x, p.k + 1
     return x0
 
 
@@ -172,22 +198,7 @@ def look_back(picture, x0):
     last, t, s = picture.times[picture.k - 1], picture.times[picture.k], picture.times[picture.k + 1]
     if picture.k == 0 or s == 0:
         return x0
-    return x0 + (x0 - picture.before) * math.log(t / s) / (2 * math.log(last / t))
-
-
-class Job:
-    """One request, between the thread that answers it and the engine: what it asks for, what the network is told and
-    kept away from (tensors with a first dimension of 1), and what there is to tell."""
-
-    def __init__(self, asked, cfg_scale, partial_at):
-        self.asked, self.cfg_scale, self.partial_at = asked, cfg_scale, partial_at
-        self.pictures, self.text, self.text_null = [], None, None
-        self.news, self.over, self.id = queue.SimpleQueue(), False, None
-        self.began, self.started = time.monotonic(), None
-
-    def tell(self, what, about=None):
-        self.over |= what == "failed"
-        self.news.put((what, about))
+    return x0 + (x0 - picture.prev_x0) * math.log(t / s) / (2 * math.log(last / t))
 
 
 class Engine(threading.Thread):
@@ -197,27 +208,30 @@ class Engine(threading.Thread):
     def __init__(self, model, max_batch, max_queue):
         super().__init__(daemon=True, name="engine")
         self.model, self.max_batch, self.max_queue, self.changed = model, max_batch, max_queue, threading.Condition()
-        self.pictures, self.most, self.ready, self.refusal, self.ending = [], {}, False, None, False
+        self.pictures, self.ready, self.refusal, self.ending = [], False, None, False
+        self.fits = {}  # {shape: pictures that a step has memory for}, of shapes for which it was short
         self.counted, self.seconds_a_step = collections.Counter(), 0.05
 
     def submit(self, job):
         """Takes all pictures of a request. Raises Refused."""
         with self.changed:
             if self.refusal:
-                raise Refused(503, self.refusal, retry=10)
+                raise Refused(503, self.refusal, headers={"Retry-After": "10"})
             self.pictures = [p for p in self.pictures if not p.job.over]
             if len(self.pictures) + len(job.pictures) > self.max_queue:
                 left = sum(len(p.times) - p.k for p in self.pictures) * self.seconds_a_step
                 raise Refused(429, f"{len(self.pictures)} pictures are under way already; try again later",
-                              code="rate_limit_exceeded", retry=max(1, math.ceil(left / 2)))
+                              code="rate_limit_exceeded", headers={"Retry-After": str(max(1, math.ceil(left / 2)))})
             self.pictures.extend(job.pictures)
             self.changed.notify()
 
-    def end(self):
+    def end(self, seconds):
+        """-> whether it has ended, within these seconds."""
         with self.changed:
             self.ending = True
             self.changed.notify()
-        self.join()
+        self.join(seconds)
+        return not self.is_alive()
 
     def run(self):
         try:
@@ -231,7 +245,7 @@ class Engine(threading.Thread):
                     self.pictures = [p for p in self.pictures if not p.job.over]
                     group = [p for p in self.pictures if p.group == self.pictures[0].group]
                 if group:
-                    self.turn(group[:min(self.max_batch, self.most.get(group[0].shape, self.max_batch))])
+                    self.turn(group[:min(self.max_batch, int(self.fits.get(group[0].shape, self.max_batch)))])
         except BaseException as e:  # without this thread nothing is drawn: all are told, and the server ends
             log(event="error", error=traceback.format_exc()[-2000:])
             with self.changed:
@@ -252,17 +266,26 @@ class Engine(threading.Thread):
         estimates = self.guard(group, step, self.model, group) if group else None
         for p, x0 in zip(group, () if estimates is None else estimates):
             p.job.tell("step")
-            if p.done or p.k in p.job.partial_at:
-                pixels = self.guard([p], self.model.decode, p.z if p.done else x0)
+            z = p.z if p.done else x0
+            if not (p.done or p.k in p.job.partial_at) or p.job.over:
+                pass
+            elif not z.isfinite().all():  # it would be decoded to black
+                p.job.tell("failed", Refused(500, "the model has drawn what is no number", headers=FINAL))
+            else:
+                pixels = self.guard([p], self.model.decode, z)
                 if pixels is not None:
                     self.counted["pictures"] += p.done
                     p.job.tell("picture" if p.done else "partial", (p, pixels))
             if p.done:
-                p.z = p.before = None  # a slow reader should not hold the device's memory
+                p.z = p.prev_x0 = None  # a slow reader should not hold the device's memory
         with self.changed:
             self.pictures = [p for p in self.pictures if p not in group] + [p for p in group if not p.done]
+        if estimates is None:
+            return
+        if group[0].shape in self.fits:
+            self.fits[group[0].shape] += 0.02  # one more after 50 steps: what took the memory may have gone
         self.counted.update(steps=1, picture_steps=len(group))
-        self.seconds_a_step += 0.1 * ((time.perf_counter() - began) / max(1, len(group)) - self.seconds_a_step)
+        self.seconds_a_step += 0.1 * ((time.perf_counter() - began) / len(group) - self.seconds_a_step)
 
     def guard(self, pictures, make, *args):
         """make(*args), or None where it fails. That ends the requests of these pictures and no others; but where memory
@@ -271,20 +294,1187 @@ class Engine(threading.Thread):
             return make(*args)
         except Exception as e:
             log(event="error", id=pictures[0].job.id, error=traceback.format_exc()[-2000:])
-            short = isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e)
+            short = isinstance(e, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(e))
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        torch.zeros(1, device=self.model.device).item()  # raises where the device has failed for good, and ends run()
         if short and len(pictures) > 1:
-            self.most[pictures[0].shape] = len(pictures) // 2
+            self.fits[pictures[0].shape] = len(pictures) // 2
             return None
         for p in pictures:
-            p.job.tell("failed", Refused(503, "there is too little memory for this now", retry=10) if short else
-                       Refused(500, "the model has failed at this request"))
+            p.job.tell("failed", Refused(503, "there is too little memory for this now", headers={"Retry-After": "10"})
+                       if short else Refused(500, "the model has failed at this request", headers=FINAL))
         return None
 
 
 # -----------------------------------------------------------------------------
-# LoRA and weights in 8 or 4 bits, as in finetune_lora.py.
+# What is served. Of each kind of model the engine asks the same: noise and texts to begin with, a time grid, d, pixels.
+
+
+class Model:
+    """What the engine needs to know of a model. size and unit: pixels a side in training, and what sides are multiples
+    of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; multistep: whether
+    steps look back, as DPM-Solver++ does; grows: how many times as large pictures may be; parts: what LoRAs can be put
+    into, by name; network: what gives d."""
+    cfg_interval, multistep, classes, grows = (0, math.inf), False, (), 2
+
+    def __init__(self, name, file, args):
+        self.name, self.created, self.args = name, int(file.stat().st_mtime), args
+        self.device, self.loras, self.adapted, self.plain = pick_device(args.device), {}, [], True
+        # on a CPU bf16 makes a picture depend on its company by 3/255
+        exact = args.dtype == "auto" and self.device.type == "cpu"
+        self.dtype = pick_dtype("fp32" if exact else args.dtype, self.device)
+        self.amp = functools.partial(torch.autocast, self.device.type, torch.bfloat16,
+                                     enabled=self.dtype == torch.bfloat16)
+
+    def settle(self, module):
+        """To the device, frozen, and there in the layout of memory that a GPU's convolutions want."""
+        module = module.to(self.device).eval().requires_grad_(False)
+        return module.to(memory_format=torch.channels_last) if self.device.type == "cuda" else module
+
+    def layers(self):
+        """{name: layer} of all that can have a LoRA."""
+        return {f"{part}.{name.removesuffix('.layer')}": layer for part, model in self.parts.items()
+                for name, layer in model.named_modules()
+                if isinstance(layer, (nn.Linear, nn.Conv2d, Quantised)) and "loras" not in name}
+
+    def add_lora(self, name, path):
+        """Puts the LoRA of a file beside its layers, to be used when its name is asked for. Raises Stop."""
+        places, layers = [], self.layers()
+        for layer, (A, B) in read_lora_pairs(path, layers).items():
+            part, _, rest = layer.partition(".")
+            parent, child = self.parts[part].get_submodule(rest.rpartition(".")[0]), rest.rpartition(".")[2]
+            if not isinstance(getattr(parent, child), Adapted):
+                setattr(parent, child, Adapted(layers[layer]))
+                self.adapted.append(getattr(parent, child))
+            lora, adapted = LoRA(layers[layer], len(A), len(A)), getattr(parent, child)
+            lora.A.weight.data.copy_(A)
+            lora.B.weight.data.copy_(B)
+            adapted.loras.append(lora.to(self.device).requires_grad_(False))
+            adapted.weights.append(0.0)
+            places.append((adapted, len(adapted.loras) - 1))
+        self.loras[name] = places
+
+    def use(self, lora):
+        """Lets these LoRAs act, ((name, weight), ...), and no others."""
+        self.plain = not lora
+        for adapted in self.adapted:
+            adapted.weights = [0.0] * len(adapted.weights)
+        for name, weight in lora:
+            for adapted, i in self.loras[name]:
+                adapted.weights[i] += weight
+
+    def join(self, picture):
+        """Noise and texts of a picture that joins: the same noise as picture 0 of --seed of the training script."""
+        job, noise = picture.job, next(image_noise(picture.seed, [0], picture.shape, self.device))[0]
+        with self.amp(), torch.no_grad():
+            if job.text is None:
+                job.text = self.read(job.asked["prompt"])
+            if job.txt_null is None and job.cfg_scale != 1:
+                job.txt_null = self.read(job.asked.get("negative_prompt", ""))
+        picture.z = noise * self.init_noise_sigma(picture.times[0])
+
+    def init_noise_sigma(self, t):
+        """Of the noise that a picture begins with."""
+        return 1.0
+
+    def clip(self, x0):
+        """What of an estimate of x0 can be."""
+        return x0
+
+    def warm_up(self, max_batch):
+        """A step, so that the first request does not wait for what is done once; not of large pictures on a CPU."""
+        if self.device.type == "cpu" and self.size > 128:
+            return
+        shape, times = self.shape(self.size, self.size), self.times(1, self.size, self.size)
+        for n in [1 << k for k in range((2 * max_batch - 1).bit_length() + 1)] if self.args.compile else [1]:
+            job = Job(dict(prompt=self.examples[0]), 1.0, ())
+            pictures = [Picture(job, i, 0, shape, times, ()) for i in range(n)]
+            for p in pictures:
+                self.join(p)
+            step(self, pictures)
+        self.decode(pictures[0].z)
+
+    def timestep(self, t):
+        """What the network is told for the time t."""
+        return t
+
+    def ask(self, z, timesteps, text):
+        """What the network says. Compiled, it is for each size of batch anew, and so sees 1, 2, 4, 8 ... alone: what is
+        missing is filled with the last picture. Pictures of another size or with a LoRA do without, lest all wait."""
+        n, network = len(z), self.network
+        if self.args.compile and self.plain and z.shape[1:] == self.shape(self.size, self.size):
+            full = torch.arange(1 << (n - 1).bit_length(), device=z.device).clamp(max=n - 1)
+            z, timesteps, *text = (a[full] for a in (z, timesteps, *text))
+        elif self.args.compile:
+            network = self.network.forward
+        with self.amp():
+            return network(z, timesteps, *self.told(text))[:n].float()
+
+    def told(self, text):
+        """The arguments that a text is to the network."""
+        return [text]
+
+    def derivative(self, z, t, timesteps, text):
+        """z (B, C, h, w), t (B, 1, 1, 1), timesteps (B,) and what the network is told -> d of z = x0 + t d."""
+        return self.ask(z, timesteps, text)
+
+    @torch.no_grad()
+    def decode(self, z):
+        """z (C, h, w) -> uint8 (H, W, 3)."""
+        with self.amp():
+            return to_uint8(decode(self.vae, self.network, z[None]).float())[0]
+
+
+def read_lora_pairs(path, layers):
+    """A LoRA of finetune_lora.py in the names of diffusers, with alpha in B -> {layer: (A, B)}. Raises Stop for one
+    that does not fit these layers."""
+    tensors, _ = load_safetensors(path)
+    found, lost = {}, []
+    for key, v in tensors.items():
+        m = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
+        name = m and m[1].replace(".text_model.", ".", 1)
+        if name in layers:
+            found.setdefault(name, {})[m[2]] = v
+        else:
+            lost.append(key)
+    for name, pair in found.items():
+        layer = layers[name]
+        conv = isinstance(layer, nn.Conv2d)
+        sides = (layer.in_channels, *layer.kernel_size, layer.out_channels) if conv else \
+            (layer.in_features, layer.out_features)
+        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1] or (*pair["A"].shape[1:], len(pair["B"])) != sides:
+            lost.append(name)
+    if lost or not found:
+        raise Stop(f"{path} is no LoRA of this model in the names of diffusers, as finetune_lora.py writes it: "
+                   + (f"{len(lost)} keys do not fit, such as {lost[0]}" if lost else "it is empty"))
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def too_long(text, tokenise, most):
+    """What is wrong with a text, or None."""
+    if max(map(len, text.split()), default=0) > 100:  # CLIP's tokenizer takes seconds for such
+        return "has a word of more than 100 letters"
+    known = getattr(tokenise, "known", {})
+    if len(known) > 10_000:  # each word that was ever asked for
+        known.clear()
+    tokens = len(tokenise(text))
+    return f"has {tokens} tokens, and {most} are all that the model reads" if tokens > most else None
+
+
+def own_vae(tensors, saved, path):
+    """The autoencoder of a model.safetensors: in it, on the hub, or none. Raises Stop."""
+    own = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
+    if own:
+        vae = TinyVAE()
+        load_weights(vae, own, path)
+        return vae
+    if saved["vae"] == "none":
+        return Pixels()
+    if saved["vae"] not in AUTOENCODERS:
+        raise Stop(f"{path} was made with --vae {saved['vae']}; this script reads tiny, none, "
+                   + ", ".join(AUTOENCODERS))
+    repo, file, how = AUTOENCODERS[saved["vae"]]
+    return open_vae([hub_file(repo, file)], how)
+
+
+class TextModel(Model):
+    """A model.safetensors of text2img.py: a flow of latents, told by tokens and their mask."""
+    kind, guidance = "text2img", True
+
+    def __init__(self, path, args, script):
+        super().__init__(path.resolve().parent.name, path, args)
+        tensors, saved, about = read_model(path, script)
+        self.size, self.shift = saved["size"], saved["time_shift"]
+        self.sample_steps, self.cfg_scale = saved["sample_steps"], saved["cfg_scale"]
+        self.cfg_interval, self.examples = saved["cfg_interval"], about["prompts"]
+        self.vae = own_vae(tensors, saved, path)
+        self.reader = load_reader(SimpleNamespace(text=saved["text"]), 0, 1)
+        tower = CLIPText(**TINY) if saved["text"] == "tiny" else None
+        self.network = DiT(self.vae.channels, saved["patch_size"], saved["model"], self.reader.dim,
+                           self.reader.pooled_dim, tower)
+        self.unit = self.vae.factor * saved["patch_size"]
+        self.network.grid = saved["size"] // self.unit
+        if self.reader.key != about["text_key"] or fingerprint(self.vae) != about["vae_key"]:
+            same = self.reader.key == about["text_key"]
+            raise Stop(f"{path} was trained with another {'--vae' if same else 'text encoder'}")
+        load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
+        self.network, self.vae = self.settle(self.network), self.settle(self.vae)
+        for layer in [k for k, m in self.network.named_modules() if isinstance(m, nn.Linear) and "blocks" in k]:
+            if args.quant:
+                quantise(self.network, layer, args.quant)
+        self.parts = {"transformer": self.network}
+
+    def shape(self, width, height):
+        return self.vae.channels, height // self.vae.factor, width // self.vae.factor
+
+    def times(self, steps, width, height):
+        return time_grid(steps, self.shift * max(1, max(width, height) / self.size))
+
+    def wrong(self, text):
+        return too_long(text, self.reader.tokenise, self.reader.length)
+
+    def read(self, text):
+        """-> txt (1, L, dim), txt_mask (1, L), pooled (1, P), with L always the same: any can be in one batch."""
+        tokens = read_texts(self.reader, [text], self.device)
+        txt, txt_mask, pooled = self.network.encode_text(text_batch(tokens, [0], self.device))
+        more = self.reader.length - txt.shape[1]
+        return F.pad(txt, (0, 0, 0, more)), F.pad(txt_mask, (0, more)), pooled
+
+
+def time_grid(steps, shift):
+    """steps + 1 times from 1 to 0; shift > 1 puts more of them where there is much noise (2403.03206 eq. 23)."""
+    t = np.linspace(1, 0, steps + 1)
+    return (shift * t / (1 + (shift - 1) * t)).tolist()
+
+
+class SDModel(Model):
+    """Stable Diffusion 1.5: a folder in diffusers' layout, or from the hub. In z = x / sqrt(alpha_bar), in which
+    the noise has the deviation sigma, a diffusion is an ODE in t = sigma with d = eps (2206.00364)."""
+    kind, guidance, unit, multistep, size, sample_steps, cfg_scale = "sd", True, 64, True, 512, 25, 7.5
+    examples = ["an astronaut riding a horse on the moon, photograph", "a bowl of fruit, oil painting"]
+
+    def __init__(self, name, args):
+        files = find_base(name)
+        if "sd" not in files:
+            raise Stop(f"{name} is another kind of model; of folders this script serves those of Stable Diffusion 1.5")
+        super().__init__(Path(name).resolve().name, files["sd"][0], args)
+        dtype = self.dtype
+        scheduler = read_json(files["scheduler"][0])
+        try:
+            self.alpha_bar, get = alpha_bar_of(scheduler), scheduler.get
+            self.spacing = get("timestep_spacing", "linspace"), get("steps_offset", 0), "dpmpp_2m"
+            self.v_prediction = get("prediction_type", "epsilon") == "v_prediction"
+            with torch.device("meta"):
+                self.network = SDUNet(read_json(files["unet"][0]))
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+            raise Stop(f"{name} has a config.json that this script does not understand: {e!r}")
+        self.prompts = Prompts(files, "text_encoder", "tokenizer", self.device, dtype)
+        config, *weights = files["unet"]
+        load_frozen(self.network, read_tensors(weights), weights[0], self.device, dtype, args.quant)
+        config, *weights = files["vae"]
+        self.vae = self.settle(open_vae(weights, read_json(config)))
+        self.network = self.settle(self.network)
+        self.sigmas = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().numpy()
+        self.parts = {"unet": self.network, "text_encoder": self.prompts.tower}
+
+    def shape(self, width, height):
+        return self.network.conv_in.in_channels, height // 8, width // 8
+
+    def times(self, steps, width, height):
+        return [*np.interp(spaced(steps, len(self.sigmas), *self.spacing), range(len(self.sigmas)),
+                           self.sigmas).tolist(), 0.0]
+
+    def init_noise_sigma(self, t):
+        return math.sqrt(1 + t * t)
+
+    def wrong(self, text):
+        return too_long(text, self.prompts.bpe, self.prompts.tower.length)
+
+    def read(self, text):
+        return [self.prompts.read(self.prompts.ids([text])[0].to(self.device))[1]]           # (1, 77, D)
+
+    def timestep(self, t):
+        return float(np.interp(t, self.sigmas, range(len(self.sigmas))))
+
+    def derivative(self, z, t, timesteps, text):
+        xt = z / (1 + t ** 2).sqrt()
+        out = self.ask(xt, timesteps, text)
+        return (xt * t + out) / (1 + t ** 2).sqrt() if self.v_prediction else out
+
+    @torch.no_grad()
+    def decode(self, z):
+        with self.amp():
+            return to_uint8(self.vae.decode(z[None]).float())[0]
+
+
+class ClassModel(Model):
+    """What is told a class, by name or number, or nothing at all."""
+
+    def describe(self, path, script):
+        """Reads a model.safetensors -> its tensors, settings and data; takes over what all such models have."""
+        tensors, saved, about = read_model(path, script)
+        self.size, self.sample_steps, told = saved["size"], saved["sample_steps"], saved["class_cond"]
+        self.classes = list(about["classes"]) if told else []
+        if self.args.quant:
+            raise Stop(f"--quant is for models that are told a text; {path} is told a class, or nothing")
+        self.guidance, self.cfg_scale = bool(self.classes), saved.get("cfg_scale", 1.0) if self.classes else 1.0
+        self.cfg_interval, self.parts = saved.get("cfg_interval", self.cfg_interval), {}
+        self.examples = self.classes or [""]
+        return tensors, saved, about
+
+    def wrong(self, text):
+        if not self.classes and text:
+            return "has to be empty: this model is told nothing"
+        names = [*self.classes, *map(str, range(len(self.classes))), ""]
+        return None if text in names else f"has to be a class: {', '.join(self.classes)[:300]}; or empty"
+
+    def read(self, text):
+        if not self.classes:
+            return []
+        y = self.classes.index(text) if text in self.classes else int(text or len(self.classes))     # none: the last
+        return [torch.tensor([y], device=self.device)]
+
+    def told(self, text):
+        return text
+
+
+class LatentModel(ClassModel):
+    """A model.safetensors of latent_dit.py: a flow of latents."""
+    kind, widths = "latent_dit", {"tiny": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
+                                  "XL": (28, 1152, 16)}
+
+    def __init__(self, path, args, script):
+        super().__init__(path.resolve().parent.name, path, args)
+        tensors, saved, about = self.describe(path, script)
+        self.vae = own_vae(tensors, saved, path)
+        self.network = LabelDiT(self.vae.channels, saved["patch_size"], *self.widths[saved["model"]], len(self.classes))
+        self.unit, self.shift = self.vae.factor * saved["patch_size"], saved["time_shift"]
+        if fingerprint(self.vae) != about["vae_key"]:
+            raise Stop(f"{path} was trained with another --vae")
+        load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith(("vae.", "repa."))}, path)
+        self.network.grid = self.size // self.unit
+        self.network, self.vae = self.settle(self.network), self.settle(self.vae)
+
+    shape, times = TextModel.shape, TextModel.times
+
+
+class PixelModel(ClassModel):
+    """A model.safetensors of cfm_images.py, a flow of pixels, or of ddpm_images.py, a diffusion: with DPM-Solver++, in
+    z and sigma as SDModel, and with x0 kept to the range of pictures, as ddpm_images.py keeps it."""
+    kind, grows = "pixels", 1
+
+    def __init__(self, path, args, script):
+        super().__init__(path.resolve().parent.name, path, args)
+        flow = script == "cfm_images.py"
+        tensors, saved, _ = self.describe(path, script)
+        sides = [saved[k] for k in "size patch width mults blocks attn dropout".split()] + [len(self.classes)]
+        self.network = VelocityUNet(saved["pred"], saved["meanflow"], *sides) if flow else UNet(*sides)
+        self.multistep, self.pred, self.shift = not flow, saved["pred"], saved.get("shift", 1.0)
+        alpha_bar = None if flow else make_alpha_bar(saved["schedule"])
+        if saved.get("meanflow"):
+            raise Stop(f"{path} is a MeanFlow, which this script does not know: cfm_images.py --sample draws")
+        if saved.get("condition", "none") != "none":
+            raise Stop(f"{path} translates pictures; this script serves models that draw from noise")
+        load_weights(self.network, tensors, path)
+        self.network = self.settle(self.network)
+        self.sigmas = None if flow else ((1 - alpha_bar) / alpha_bar).sqrt().numpy()
+        self.unit = self.size
+
+    def shape(self, width, height):
+        return 3, height, width
+
+    def times(self, steps, width, height):
+        if self.sigmas is None:
+            return time_grid(steps, self.shift)
+        return [*self.sigmas[np.linspace(T - 1, 0, steps).round().astype(int)].tolist(), 0.0]
+
+    def init_noise_sigma(self, t):
+        return 1.0 if self.sigmas is None else math.sqrt(1 + t * t)
+
+    def timestep(self, t):
+        return t if self.sigmas is None else float(np.interp(t, self.sigmas, range(T)).round())
+
+    def derivative(self, z, t, timesteps, text):
+        if self.sigmas is None:
+            return self.ask(z, timesteps, text)
+        xt = z / (1 + t ** 2).sqrt()
+        return (z - to_x0(self.ask(xt, timesteps, text), xt, 1 / (1 + t ** 2), self.pred)) / t
+
+    def clip(self, x0):
+        return x0 if self.sigmas is None else x0.clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode(self, z):
+        return to_uint8(z[None])[0]
+
+
+# -----------------------------------------------------------------------------
+# The API: what a request may ask for. One table says what is checked and what /openapi.json tells of it.
+
+
+class Refused(Exception):
+    """A request that is not done, with the status, the error and the headers that the client gets."""
+
+    def __init__(self, status, message, param=None, code=None, headers=()):
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, dict(headers)
+
+    def body(self):
+        kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else \
+            "invalid_request_error"
+        return {"error": dict(message=str(self), type=kind, param=self.param, code=self.code)}
+
+
+FINAL = {"x-should-retry": "false"}  # to OpenAI's clients, which would do the same work twice more in vain
+IGNORED = ("quality", "style", "moderation", "user")  # of OpenAI's, without meaning here
+MAX_BODY = 64 * 1024
+
+
+def fields_of(model, args):
+    """What POST /v1/images/generations takes, {name: JSON schema}."""
+    text = dict(type="string", maxLength=2000)
+    fields = dict(
+        prompt=dict(text, description="what to draw, such as: " + model.examples[0]),
+        negative_prompt=dict(text, default="", description="what to keep away from, by guidance"),
+        class_label=dict(anyOf=[dict(type="string"), dict(type="integer")], description="the same as prompt: one of "
+                         + ", ".join(model.classes)),
+        model=dict(type="string", enum=[model.name]),
+        n=dict(type="integer", minimum=1, maximum=args.max_n, default=1, description="how many pictures"),
+        size=dict(type="string", pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", default="auto",
+                  description=f"width x height in pixels, multiples of {model.unit}; auto: {model.size}x{model.size}"),
+        seed=dict(type="integer", minimum=0, maximum=2 ** 53 - 1,
+                  description="seed of the first picture, the next has the next; random unless given"),
+        num_inference_steps=dict(type="integer", minimum=1, maximum=args.max_steps,
+                                 default=min(args.max_steps, model.sample_steps),
+                                 description="steps from noise to data"),
+        guidance_scale=dict(type="number", minimum=0, maximum=100, default=model.cfg_scale,
+                            description="strength of classifier-free guidance; 1: off, which halves the work"),
+        lora=dict(anyOf=[dict(type="string"), dict(type="array")],
+                  description='a LoRA\'s name, or several, as "name" or {"name": ..., "weight": 0.8}; there are: '
+                              + (", ".join(model.loras) or "none")),
+        response_format=dict(type="string", enum=["b64_json", "url"], default="b64_json"),
+        output_format=dict(type="string", enum=["png", "jpeg"] + ["webp"] * features.check("webp"), default="png"),
+        output_compression=dict(type="integer", minimum=0, maximum=100, default=90,
+                                description="quality of jpeg and webp, in percent"),
+        background=dict(type="string", enum=["auto", "opaque"], default="auto"),
+        stream=dict(type="boolean", default=False, description="progress and pictures as server-sent events"),
+        partial_images=dict(type="integer", minimum=0, maximum=8, default=0,
+                            description="with stream: how many pictures to send on the way"))
+    if not model.classes:
+        del fields["class_label"]
+    if isinstance(model, ClassModel):
+        del fields["negative_prompt"]
+    if not model.guidance:
+        del fields["guidance_scale"]
+    return fields | {name: dict(description="taken for the sake of clients, without effect") for name in IGNORED}
+
+
+def check_value(name, value, schema):
+    """Raises Refused unless a value is as its JSON schema says, of which it knows what fields_of() has."""
+    def wrong(sentence):
+        raise Refused(400, f"{name} {sentence}", name, "invalid_value")
+    kinds = dict(string=(str, "text"), integer=(int, "a whole number"), number=((int, float), "a number"),
+                 boolean=(bool, "true or false"), array=(list, "a list"))
+    types = [kinds[s["type"]] for s in schema.get("anyOf", [schema] * ("type" in schema))]
+    if types and not any(isinstance(value, t) and isinstance(value, bool) == (t is bool) for t, _ in types):
+        wrong("has to be " + " or ".join(words for _, words in types))
+    if name == "model" and value not in schema["enum"]:
+        raise Refused(404, f"there is no model {value[:100]!r}; this server has {schema['enum'][0]}", name,
+                      "model_not_found")
+    if "enum" in schema and value not in schema["enum"]:
+        wrong(f"has to be one of {', '.join(schema['enum'])}")
+    if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
+        wrong(f"has to lie between {schema['minimum']} and {schema['maximum']}")
+    if "maxLength" in schema and len(value) > schema["maxLength"]:
+        wrong(f"has {len(value)} characters, and {schema['maxLength']} is the most")
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
+        wrong("has to be auto or like 512x512")
+
+
+def parse_json(body):
+    """The object that is the body of a request. Raises Refused."""
+    def no_constant(name):
+        raise ValueError(f"{name} is no JSON")
+    try:
+        asked = json.loads(body.decode("utf-8"), parse_constant=no_constant)
+    except (ValueError, RecursionError) as e:
+        raise Refused(400, f"the body is not JSON in UTF-8: {str(e)[:100]}", code="invalid_json")
+    if not isinstance(asked, dict):
+        raise Refused(400, "the body has to be a JSON object, such as {\"prompt\": \"...\"}", code="invalid_json")
+    return asked
+
+
+def make_job(asked, model, fields):
+    """The body of a request -> its Job. Raises Refused."""
+    asked = {name: value for name, value in asked.items() if value is not None}      # null: as if it were not there
+    for name, value in asked.items():
+        if name not in fields:
+            raise Refused(400, f"{name[:100]!r} is not known; there are {', '.join(fields)}", name[:100],
+                          "unknown_parameter")
+        check_value(name, value, fields[name])
+    if "class_label" in asked:
+        if asked.get("prompt"):
+            raise Refused(400, "class_label and prompt say the same: one of them", "class_label", "invalid_value")
+        asked["prompt"] = str(asked["class_label"])
+    if "prompt" not in asked:
+        raise Refused(400, "prompt is missing", "prompt", "missing_required_parameter")
+    if asked.get("stream") and asked.get("response_format") == "url":
+        raise Refused(400, "response_format has to be b64_json with stream", "response_format", "invalid_value")
+    asked = {name: schema["default"] for name, schema in fields.items() if "default" in schema} | asked
+    for name in [name for name in ("prompt", "negative_prompt") if name in fields]:
+        try:
+            asked[name].encode()
+        except UnicodeEncodeError:
+            raise Refused(400, f"{name} is not Unicode: it has half of a surrogate pair", name, "invalid_value")
+        if wrong := model.wrong(asked[name]):
+            raise Refused(400, f"{name} {wrong}", name, "invalid_value")
+    width, height = [model.size] * 2 if asked["size"] == "auto" else map(int, asked["size"].split("x"))
+    if width % model.unit or height % model.unit or max(width, height) > model.max_size:
+        raise Refused(400, f"the sides of size have to be multiples of {model.unit}, and at most {model.max_size}",
+                      "size", "invalid_value")
+    lora = []
+    named = asked.get("lora", [])
+    if isinstance(named, list) and len(named) > 8:
+        raise Refused(400, "lora has more than 8 entries", "lora", "invalid_value")
+    for entry in named if isinstance(named, list) else [named]:
+        name, weight = (entry.get("name"), entry.get("weight", 1)) if isinstance(entry, dict) else (entry, 1)
+        if not isinstance(name, str) or name not in model.loras:
+            raise Refused(400, f"there is no LoRA {str(name)[:100]!r}; there are: {', '.join(model.loras) or 'none'}",
+                          "lora", "lora_not_found")
+        check_value("lora", weight, dict(type="number", minimum=-10, maximum=10))
+        lora.append((name, float(weight)))
+    seed = asked.setdefault("seed", secrets.randbelow(2 ** 31))
+    check_value("seed", seed + asked["n"] - 1, fields["seed"])
+    times = model.times(asked["num_inference_steps"], width, height)
+    if any(a <= b for a, b in zip(times, times[1:])):
+        raise Refused(400, "num_inference_steps is more than this model has noise levels", "num_inference_steps",
+                      "invalid_value")
+    steps, k = len(times) - 1, asked["partial_images"] if asked["stream"] else 0
+    job = Job(asked, float(asked.get("guidance_scale", 1)), {steps * i // (k + 1) for i in range(1, k + 1)} - {0})
+    shape = model.shape(width, height)
+    job.pictures = [Picture(job, i, seed + i, shape, times, tuple(sorted(lora))) for i in range(asked["n"])]
+    asked["size"] = f"{width}x{height}"
+    return job
+
+
+def encode(picture, asked):
+    """uint8 (H, W, 3) -> the bytes of a file."""
+    file, kind = io.BytesIO(), asked["output_format"]
+    Image.fromarray(picture).save(file, kind, **({} if kind == "png" else dict(quality=asked["output_compression"])))
+    return file.getvalue()
+
+
+class Shelf:
+    """Pictures for response_format url, in memory: the newest, for an hour, under names that cannot be guessed."""
+    most, seconds = 256 * 2 ** 20, 3600
+
+    def __init__(self):
+        self.pictures, self.size, self.lock = collections.OrderedDict(), 0, threading.Lock()
+
+    def put(self, content, kind):
+        name, now = f"{secrets.token_urlsafe(18)}.{kind}", time.monotonic()
+        with self.lock:
+            self.pictures[name], self.size = (now, content), self.size + len(content)
+            while self.size > self.most or now - next(iter(self.pictures.values()))[0] > self.seconds:
+                self.size -= len(self.pictures.popitem(last=False)[1][1])
+        return name
+
+    def get(self, name):
+        with self.lock:
+            put, content = self.pictures.get(name, (0, None))
+        return content if content and time.monotonic() - put < self.seconds else None
+
+
+# -----------------------------------------------------------------------------
+# HTTP. A thread for each client; the threads wait, the engine works.
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+READ_SECONDS, WRITE_SECONDS = 20, 30  # for a whole request to come; for a part of an answer to be taken
+
+
+class InTime(socket.SocketIO):
+    """Reads from a socket until a deadline, however slowly the bytes drip in."""
+    until = math.inf
+
+    def readinto(self, b):
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request came too slowly")
+        self._sock.settimeout(left)
+        return super().readinto(b)
+
+
+class Lines(io.BufferedReader):
+    """A lone CR is no end of a line (RFC 9112 2.2), but Python's parser of headers takes it for one: a header could
+    hide another."""
+
+    def readline(self, size=-1):
+        line = super().readline(size)
+        return line.replace(b"\r", b" ", line.count(b"\r") - line.endswith(b"\r\n"))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, args):
+        self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        super().__init__((args.host, args.port), Handler)
+        self.args, self.engine, self.model, self.fields, self.shelf = args, None, None, None, Shelf()
+        self.slots, self.lock = threading.Semaphore(args.connections), threading.Lock()
+        self.counted, self.durations, self.open_requests = collections.Counter(), collections.Counter(), 0
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        self.url = f"http://{host}:{self.server_port}"
+
+    def process_request(self, request, client_address):
+        if self.slots.acquire(blocking=False):
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:  # no more threads
+                self.slots.release()
+        content = json.dumps(Refused(503, "too many clients; try again later").body()).encode()
+        try:
+            request.settimeout(0.1)
+            request.recv(MAX_BODY)  # a client that is cut off while it still sends would not see the answer
+            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Type: application/json\r\n"
+                            b"Content-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(content), content))
+        except OSError:
+            pass
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.slots.release()
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):                           # OSError: a client has gone
+            log(event="error", error=traceback.format_exc()[-2000:])
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One client. Each request gets one answer and one line in the log."""
+    protocol_version, server_version, sys_version, status = "HTTP/1.1", "serve.py", "", 0
+
+    def setup(self):
+        super().setup()
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.reader = InTime(self.connection, "rb")
+        self.rfile = Lines(self.reader)
+
+    def handle_one_request(self):
+        try:
+            for _ in range(2):  # to wait for a request, and from its first byte for all of it
+                self.reader.until = time.monotonic() + READ_SECONDS
+                self.rfile.peek(1)
+        except TimeoutError:
+            self.close_connection = True
+        else:
+            super().handle_one_request()
+
+    def finish(self):
+        """An answer to a request that was not read to its end would be lost with the connection: let it arrive."""
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            self.reader.until, b = time.monotonic() + 2, bytearray(1 << 16)
+            while self.reader.readinto(b):
+                pass
+        except OSError:
+            pass
+        super().finish()
+
+    def log_message(self, *args):
+        pass
+
+    def version_string(self):
+        return self.server_version  # without a blank for the missing sys_version
+
+    def send_error(self, code, message=None, explain=None):
+        """Of the base class, for what is no HTTP."""
+        self.close_connection, self.about, self.id = True, {}, secrets.token_hex(8)
+        self.request_version, began = "HTTP/1.1", time.monotonic()               # to have a head at all
+        self.command, self.where = getattr(self, "command", None), getattr(self, "path", "").partition("?")[0]
+        allow = {"Allow": ROUTES[self.where][0]} if self.where in ROUTES else {"Allow": "GET, HEAD, POST"}
+        self.refuse(Refused(405, f"there is no {self.command} here", headers=allow) if code == 501 else
+                    Refused(code, message or "this is no HTTP that is known here"))
+        self.count(began)
+
+    def answer(self):
+        if self.request_version == "HTTP/0.9":
+            return self.send_error(400, "a request ends with HTTP/1.1")
+        self.about, self.status, began = {}, 0, time.monotonic()
+        given = self.headers.get("X-Request-Id", "")
+        self.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
+        self.where = re.sub(r"^https?://[^/?#]*", "", self.path).partition("?")[0].partition("#")[0]
+        with self.server.lock:
+            self.server.open_requests += 1
+        body = None
+        try:
+            handler = self.route()
+            body = self.read_body()
+            handler(self, body)
+        except Refused as e:
+            unread = body is None and self.headers.get("Content-Length", "0") != "0"
+            self.close_connection |= unread or "Transfer-Encoding" in self.headers
+            self.refuse(e)
+        except TimeoutError:
+            self.close_connection = True
+            if self.status:  # an answer that nobody takes
+                self.status = 499
+            else:
+                self.refuse(Refused(408, "the request came too slowly"))
+        except ConnectionError:
+            self.close_connection, self.status = True, 499                       # nginx's number for: has hung up
+        except Exception:
+            log(event="error", id=self.id, error=traceback.format_exc()[-2000:])
+            self.close_connection = True
+            if not self.status:
+                self.refuse(Refused(500, "this has failed; the log of the server says why"))
+        finally:
+            with self.server.lock:
+                self.server.open_requests -= 1
+            self.count(began)
+    do_GET = do_HEAD = do_POST = answer
+
+    def count(self, began):
+        """A request is over: for /metrics and the log."""
+        took, known = time.monotonic() - began, self.where if self.where in ROUTES else "other"
+        with self.server.lock:
+            self.server.counted[known, self.status] += 1
+            self.server.durations[known] += took
+        log(event="request", id=self.id, method=self.command, path=self.where[:200], status=self.status,
+            ms=round(1000 * took), client=self.client_address[0], **self.about)
+
+    def read_body(self):
+        """The body, whose length has to be told in the one way that cannot be misread. Raises Refused."""
+        lengths = self.headers.get_all("Content-Length", [])
+        if self.headers.defects or "Transfer-Encoding" in self.headers or len(lengths) > 1 \
+                or any(not re.fullmatch(r"[0-9]{1,12}", length, re.ASCII) for length in lengths):
+            self.close_connection = True
+            raise Refused(400, "the headers do not say in one way how long the body is: it takes one Content-Length")
+        length = int(lengths[0]) if lengths else 0
+        if length > MAX_BODY:
+            self.close_connection = True
+            raise Refused(413, f"the body has {length} bytes, and {MAX_BODY} is the most")
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise ConnectionError("hung up")
+        return body
+
+    def route(self):
+        """-> what answers this request, before its body is read. Raises Refused."""
+        server, names = self.server, self.headers.get_all("Host", [])
+        host = re.sub(r":\d*$", "", names[0] if names else "localhost").strip("[]").lower()
+        if len(names) > 1:
+            raise Refused(400, "there are two Hosts")
+        if server.args.host in LOOPBACK and not server.args.api_key and host not in LOOPBACK:  # DNS rebinding
+            raise Refused(403, "this server is for this machine alone, by the name localhost or 127.0.0.1")
+        method, handler = ROUTES.get(self.where, (None, None))
+        if self.where.startswith(FILES):
+            method, handler = "GET", Handler.file
+        if self.where.startswith("/v1/models/"):
+            method, handler = "GET", Handler.one_model
+        if handler is None:
+            raise Refused(404, f"there is nothing at {self.where[:100]}; /openapi.json tells what there is")
+        if method != {"HEAD": "GET"}.get(self.command, self.command):
+            raise Refused(405, f"{self.where} takes {method}", headers={"Allow": method})
+        if self.where not in OPEN and not self.where.startswith(FILES) and server.args.api_key:
+            scheme, _, key = self.headers.get("Authorization", "").partition(" ")
+            right = hmac.compare_digest(key.encode("latin-1"), server.args.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
+                raise Refused(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY",
+                              code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if self.where not in OPEN and server.engine is None:
+            raise Refused(503, "the model is being read", headers={"Retry-After": "2"})
+        return handler
+
+    def respond(self, status, content, kind="application/json", **headers):
+        """A whole answer; content: bytes, or what is to be JSON."""
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+        self.head(status, kind, {"Content-Length": str(len(content)), **headers})
+        for k in range(0, len(content) if self.command != "HEAD" else 0, 1 << 16):
+            self.wfile.write(content[k:k + (1 << 16)])  # for each part the client has WRITE_SECONDS
+
+    def head(self, status, kind, headers):
+        self.status = status
+        self.connection.settimeout(WRITE_SECONDS)
+        self.send_response(status)
+        self.close_connection |= bool(self.server.engine and self.server.engine.refusal)
+        for name, value in {"Content-Type": kind, "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff",
+                            "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+                            "Cross-Origin-Resource-Policy": "same-origin", **headers,
+                            **({"Connection": "close"} if self.close_connection else {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def refuse(self, e):
+        self.about["error"] = str(e)[:200]
+        try:
+            self.respond(e.status, e.body(), **e.headers)
+        except OSError:
+            self.close_connection = True
+
+    # what there is
+
+    def page(self, body):
+        self.respond(200, PAGE, "text/html; charset=utf-8", **{
+            "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; img-src data:; "
+            f"style-src '{PAGE_HASHES[0]}'; script-src '{PAGE_HASHES[1]}'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"})
+
+    def healthz(self, body):
+        failed = self.server.engine and not self.server.engine.is_alive()
+        self.respond(500 if failed else 200, dict(status="failed" if failed else "ok"))
+
+    def readyz(self, body):
+        engine = self.server.engine
+        ready = bool(engine and engine.ready and not engine.refusal)
+        self.respond(200 if ready else 503, dict(status="ready" if ready else "not ready"))
+
+    def models(self, body):
+        self.respond(200, dict(object="list", data=[self.about_model()]))
+
+    def one_model(self, body):
+        if urllib.parse.unquote(self.where) != f"/v1/models/{self.server.model.name}":
+            raise Refused(404, "there is no such model", "model", "model_not_found")
+        self.respond(200, self.about_model())
+
+    def about_model(self):
+        model, fields = self.server.model, self.server.fields
+        return dict(
+            id=model.name, object="model", created=model.created, owned_by="serve.py", kind=model.kind, size=model.size,
+            unit=model.unit, max_size=model.max_size, loras=list(model.loras),
+            examples=model.examples[:3], classes=model.classes, max_n=self.server.args.max_n,
+            defaults={name: schema["default"] for name, schema in fields.items() if "default" in schema})
+
+    def openapi(self, body):
+        error = dict(description="what is wrong", content={"application/json": dict(schema=dict(type="object"))})
+        done = dict(description="OK")
+        name = [dict(name="name", required=True, schema=dict(type="string"), **{"in": "path"})]
+        paths = {where: {method.lower(): dict(summary=handler.__name__, responses={"200": done})}
+                 for where, (method, handler) in ROUTES.items()}
+        for where in ("/v1/models/{name}", FILES + "{name}"):
+            paths[where] = dict(get=dict(parameters=name, responses={"200": done, "404": error}))
+        statuses = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+        paths["/v1/images/generations"]["post"] = dict(
+            summary="draws pictures", responses={"200": done, **{str(status): error for status in statuses}},
+            requestBody=dict(required=True, content={"application/json": dict(schema=dict(
+                type="object", additionalProperties=False, properties=self.server.fields,
+                anyOf=[dict(required=["prompt"])] + [dict(required=["class_label"])] * bool(self.server.model.classes)
+            ))}))
+        key = dict(security=[dict(key=[])],
+                   components=dict(securitySchemes=dict(key=dict(type="http", scheme="bearer"))))
+        self.respond(200, dict(openapi="3.1.0", info=dict(title="serve.py", version="1"), paths=paths,
+                               **(key if self.server.args.api_key else {})))
+
+    def metrics(self, body):
+        engine, server, lines = self.server.engine, self.server, []
+        with server.lock:
+            counted, durations = dict(server.counted), dict(server.durations)
+
+        def metric(name, kind, **values):
+            lines.append(f"# TYPE serve_{name} {kind}")
+            lines.extend(f"serve_{labels} {value}" for labels, value in values.items())
+        metric("requests_total", "counter", **{f'requests_total{{path="{path}",status="{status}"}}': n
+                                               for (path, status), n in counted.items()})
+        metric("request_seconds", "summary", **{
+            f'request_seconds_{what}{{path="{path}"}}': value for path, seconds in durations.items() for what, value in
+            (("sum", round(seconds, 6)), ("count", sum(n for (p, _), n in counted.items() if p == path)))})
+        for name in ("pictures", "steps", "picture_steps"):
+            metric(f"{name}_total", "counter", **{f"{name}_total": engine.counted[name]})
+        metric("pictures_under_way", "gauge", pictures_under_way=len(engine.pictures))
+        metric("ready", "gauge", ready=int(engine.ready))
+        self.respond(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
+
+    def file(self, body):
+        content = self.server.shelf.get(self.where.removeprefix(FILES))
+        if content is None:
+            raise Refused(404, "there is no such picture, or no more: the newest are kept, for an hour at most")
+        self.respond(200, content, f"image/{self.where.rpartition('.')[2]}",
+                     **{"Cross-Origin-Resource-Policy": "cross-origin"})  # for <img> on the pages of other servers
+
+    def generations(self, body):
+        if self.headers.get_content_type() != "application/json":  # a page of another origin cannot send this unasked
+            raise Refused(415, "Content-Type has to be application/json")
+        asked = parse_json(body)
+        job = make_job(asked, self.server.model, self.server.fields)
+        job.id = self.id
+        self.about |= {k: job.asked[k] for k in ("n", "size", "num_inference_steps", "seed")}
+        if job.pictures[0].lora:
+            self.about["lora"] = job.pictures[0].lora
+        if self.server.args.log_prompts:
+            self.about["prompt"] = job.asked["prompt"]
+        self.server.engine.submit(job)
+        try:
+            (self.stream if job.asked["stream"] else self.collect)(job)
+        finally:
+            job.over = True  # whatever happened here: it costs no more
+            self.about["queue_ms"] = round(1000 * ((job.started or time.monotonic()) - job.began))
+
+    def events(self, job):
+        """What the engine tells of a job, until all is drawn. Raises Refused, and ConnectionError when the client has
+        hung up meanwhile."""
+        left = len(job.pictures)
+        while left:
+            try:
+                what, about = job.news.get(timeout=0.2)
+            except queue.Empty:
+                what = about = None
+            if what == "failed":
+                raise about
+            if self.hung_up():
+                raise ConnectionError("hung up")
+            if time.monotonic() - job.began > self.server.args.deadline:
+                raise Refused(504, f"this took longer than {self.server.args.deadline:g} seconds", code="timeout",
+                              headers=FINAL)
+            if what:
+                left -= what == "picture"
+                yield what, about
+
+    def hung_up(self):
+        """Whether the client has closed its side. Where the system cannot say so, that shows at the end of what it has
+        sent."""
+        if hasattr(select, "POLLRDHUP"):
+            poll = select.poll()
+            poll.register(self.connection, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+            return bool(poll.poll(0))
+        try:
+            self.connection.settimeout(0)
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        finally:
+            self.connection.settimeout(WRITE_SECONDS)
+
+    def entry(self, picture, pixels):
+        """What the answer says of one picture."""
+        asked, content = picture.job.asked, encode(pixels, picture.job.asked)
+        if asked["response_format"] == "url":
+            host = self.headers.get("Host") or self.server.url.partition("//")[2]
+            name = self.server.shelf.put(content, asked["output_format"])
+            scheme = "https" if self.headers.get("X-Forwarded-Proto") == "https" else "http"
+            return dict(url=f"{scheme}://{host}{FILES}{name}", seed=picture.seed)
+        return dict(b64_json=base64.b64encode(content).decode(), seed=picture.seed)
+
+    def collect(self, job):
+        drawn = {about[0].index: self.entry(*about) for what, about in self.events(job) if what == "picture"}
+        self.respond(200, dict(created=int(time.time()), data=[drawn[i] for i in range(len(drawn))],
+                               background="opaque", model=self.server.model.name, size=job.asked["size"],
+                               output_format=job.asked["output_format"]))
+
+    def stream(self, job):
+        """Server-sent events: OpenAI's, and image_generation.progress. What fails after the first goes as an event."""
+        self.close_connection, done, sent = True, 0, collections.Counter()
+        total = sum(len(p.times) - 1 for p in job.pictures)
+        self.head(200, "text/event-stream", {})
+
+        def send(kind, **about):
+            text = json.dumps(dict(type=kind, **about))
+            self.wfile.write(f"event: {kind}\ndata: {text}\n\n".encode())
+        common = dict(created_at=int(time.time()), size=job.asked["size"], output_format=job.asked["output_format"],
+                      quality="auto", background="opaque")
+        try:
+            for what, about in self.events(job):
+                if what == "step":
+                    done += 1
+                    send("image_generation.progress", step=done, steps=total)
+                else:
+                    kind, i = "completed" if what == "picture" else "partial_image", about[0].index
+                    more = {} if what == "picture" else dict(partial_image_index=sent[i])
+                    sent[i] += 1
+                    send(f"image_generation.{kind}", image_index=i, **self.entry(*about), **more, **common)
+        except Refused as e:
+            self.about["error"], self.status = str(e), e.status                  # for the log: 200 has been said
+            send("error", **e.body())
+
+
+FILES = "/v1/images/files/"
+ROUTES = {"/": ("GET", Handler.page), "/healthz": ("GET", Handler.healthz), "/readyz": ("GET", Handler.readyz),
+          "/metrics": ("GET", Handler.metrics), "/openapi.json": ("GET", Handler.openapi),
+          "/v1/models": ("GET", Handler.models), "/v1/images/generations": ("POST", Handler.generations)}
+OPEN = ("/", "/healthz", "/readyz")  # without the API key; the names of files cannot be guessed
+
+
+def log(**about):
+    """One line of JSON."""
+    try:
+        sys.stdout.write(json.dumps(dict(time=round(time.time(), 3), **about)) + "\n")
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more
+        pass
+
+
+# -----------------------------------------------------------------------------
+# The page: one file, nothing from elsewhere.
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --accent: #d2591e; font: 16px/1.45 system-ui, sans-serif; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; }
+h1 { font-size: 1.2rem; margin: 0 0 .8rem; } h1 small { font-weight: normal; opacity: .65; margin-left: .5rem; }
+main { display: grid; gap: 1.2rem; grid-template-columns: minmax(16rem, 22rem) 1fr; }
+@media (max-width: 44rem) { main { grid-template-columns: 1fr; } }
+label { display: block; margin: .7rem 0 .2rem; font-size: .9rem; }
+textarea, input, select, button { font: inherit; padding: .45rem .7rem; border: 1px solid var(--line); }
+textarea, input, select, button { border-radius: .5rem; background: none; color: inherit; }
+textarea, input, select { width: 100%; }
+option { color: initial; }
+.row:not([hidden]) { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
+textarea { resize: vertical; }
+button { cursor: pointer; }
+button.main { background: var(--accent); border-color: var(--accent); color: #fff; font-weight: 600; }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+.bar { margin: 1rem 0; display: flex; gap: .6rem; flex-wrap: wrap; }
+progress { width: 100%; height: .5rem; accent-color: var(--accent); } progress[hidden] { display: none; }
+#say { min-height: 1.5em; margin: .3rem 0; } #say.bad { color: #c22; }
+#examples button { font-size: .8rem; padding: .15rem .5rem; margin: .3rem .3rem 0 0; text-align: left; }
+#gallery { display: grid; gap: 1rem; align-content: start; }
+#gallery { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
+figure { margin: 0; } figure.small img { image-rendering: pixelated; } figure.under img { filter: saturate(.7); }
+img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: .6rem; background: #8883; }
+figcaption { font-size: .8rem; margin-top: .3rem; overflow-wrap: anywhere; } figcaption a { margin-right: .6rem; }
+"""
+
+SCRIPT = """
+const $ = id => document.getElementById(id);
+const fields = ['negative_prompt', 'num_inference_steps', 'guidance_scale', 'seed', 'n', 'size'];
+let model = null, stop = null;
+const key = () => sessionStorage.getItem('key') || '';
+const headers = () => ({'Content-Type': 'application/json', ...(key() && {Authorization: 'Bearer ' + key()})});
+const say = (text, bad) => { $('say').textContent = text; $('say').className = bad ? 'bad' : ''; };
+
+async function wrong(answer) {
+  try { return (await answer.json()).error.message; } catch { return answer.status + ' ' + answer.statusText; }
+}
+
+async function start() {
+  const answer = await fetch('v1/models', {headers: headers()});
+  $('lock').hidden = answer.status != 401;
+  if (answer.status == 401) {
+    say(key() ? 'The key is wrong.' : 'This server asks for a key.', key() != ''); $('key').focus(); return;
+  }
+  if (answer.status == 503) { say(await wrong(answer)); setTimeout(begin, 1000); return; }
+  if (!answer.ok) throw new Error(await wrong(answer));
+  model = (await answer.json()).data[0];
+  $('name').textContent = model.id;
+  for (const name of fields) {
+    $(name).value = model.defaults[name] ?? '';
+    $(name).parentElement.hidden = name != 'seed' && !(name in model.defaults);
+  }
+  $('prompt').required = 'negative_prompt' in model.defaults;
+  $('prompt').labels[0].textContent = model.classes.length ? 'Class' : 'Prompt';
+  $('n').max = model.max_n;
+  const sides = [...new Set([.5, 1, 1.5, 2].map(k => k * model.size))].filter(
+    side => side % model.unit == 0 && side <= model.max_size);
+  const sizes = sides.flatMap(w => sides.map(h => w + 'x' + h));
+  $('size').replaceChildren(...['auto', ...sizes].map(s => new Option(s, s)));
+  $('lora').replaceChildren(new Option('none', ''), ...model.loras.map(s => new Option(s, s)));
+  $('loras').hidden = !model.loras.length;
+  const examples = (model.classes.length ? model.classes : model.examples).filter(Boolean);
+  $('prompt').hidden = $('prompt').labels[0].hidden = !examples.length;  // a model that is told nothing
+  $('examples').replaceChildren(...examples.slice(0, 40).map(text => {
+    const b = document.createElement('button'); b.type = 'button'; b.textContent = text;
+    b.onclick = () => { $('prompt').value = text; $('prompt').focus(); }; return b; }));
+  say('Ready.'); $('go').disabled = false; $(examples.length ? 'prompt' : 'go').focus();
+}
+
+function asked() {
+  const body = {prompt: $('prompt').value};
+  for (const name of fields) if ($(name).value !== '')
+    body[name] = ['negative_prompt', 'size'].includes(name) ? $(name).value : Number($(name).value);
+  if ($('lora').value) body.lora = [{name: $('lora').value, weight: Number($('weight').value || 1)}];
+  return body;
+}
+
+function card(body) {
+  const f = document.createElement('figure'), img = new Image(), caption = document.createElement('figcaption');
+  img.alt = body.prompt || 'a picture'; f.append(img, caption); f.className = 'under';
+  if (model.size <= 128) f.classList.add('small');
+  caption.textContent = 'waiting'; $('gallery').prepend(f);
+  return {f, img, caption};
+}
+
+function finish({f, img, caption}, body, event) {
+  f.classList.remove('under');
+  const one = {...body, seed: event.seed, n: 1};
+  const down = document.createElement('a'), again = document.createElement('button');
+  down.href = img.src;
+  down.download = body.prompt.replace(/[^a-z0-9]+/gi, '_').slice(0, 60) + '_' + event.seed + '.png';
+  down.textContent = 'download';
+  again.type = 'button'; again.textContent = 'copy as curl';
+  const secret = key() ? ' -H "Authorization: Bearer $SERVE_API_KEY"' : '';
+  again.onclick = async () => {
+    const text = "curl " + location.origin + "/v1/images/generations -H 'Content-Type: application/json'" + secret
+      + " -d '" + JSON.stringify(one).replaceAll("'", "'\\\\''") + "'";
+    try { await navigator.clipboard.writeText(text); say('Copied.'); } catch { say(text); }
+  };
+  caption.replaceChildren(body.prompt, document.createElement('br'), 'seed ' + event.seed + ' ', down, again);
+}
+
+async function draw() {
+  const body = asked(), cards = [];
+  for (let i = (body.n || 1) - 1; i >= 0; i--) cards[i] = card(body);  // the newest stand first
+  stop = new AbortController();
+  $('go').disabled = true; $('stop').hidden = $('bar').hidden = false; $('bar').removeAttribute('value');
+  say('Waiting for its turn.');
+  let left = cards.length;
+  try {
+    const answer = await fetch('v1/images/generations', {method: 'POST', headers: headers(), signal: stop.signal,
+      body: JSON.stringify({...body, stream: true, partial_images: 5})});
+    if (answer.status == 401) { begin(); throw new Error('The key is wrong.'); }
+    if (!answer.ok) throw new Error(await wrong(answer));
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let text = ''; ;) {
+      const {value, done} = await reader.read();
+      if (done) break;
+      const parts = (text + value).split('\\n\\n'); text = parts.pop();
+      for (const part of parts) {
+        const event = JSON.parse(part.slice(part.indexOf('data: ') + 6));
+        if (event.error) throw new Error(event.error.message);
+        if (event.type == 'image_generation.progress') {
+          $('bar').max = event.steps; $('bar').value = event.step;
+          if (event.step == 1) say('Drawing.');
+          continue;
+        }
+        const c = cards[event.image_index];
+        c.img.src = 'data:image/' + event.output_format + ';base64,' + event.b64_json;
+        c.caption.textContent = 'under way';
+        if (event.type == 'image_generation.completed') { finish(c, body, event); left--; }
+      }
+    }
+    if (left) throw new Error('The connection broke off.');
+    say('Done.');
+  } catch (e) {
+    for (const c of cards) if (c.f.classList.contains('under')) c.f.remove();
+    say(e.name == 'AbortError' ? 'Stopped.' : e.message, e.name != 'AbortError');
+  }
+  $('go').disabled = false; $('stop').hidden = true; $('bar').hidden = true;
+}
+
+$('form').onsubmit = event => { event.preventDefault(); if (!$('go').disabled) draw(); };
+$('prompt').onkeydown = event => {
+  if (event.key != 'Enter' || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $('form').requestSubmit();
+};
+$('stop').onclick = () => stop.abort();
+$('lock').onsubmit = event => { event.preventDefault(); sessionStorage.setItem('key', $('key').value); begin(); };
+const begin = () => start().catch(e => say(e instanceof TypeError ? 'The server does not answer.' : e.message, true));
+begin();
+"""
+
+PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>serve.py</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
+<h1>Draw a picture<small id="name"></small></h1>
+<form id="lock" hidden><label for="key">API key</label><input id="key" type="password" autocomplete="off">
+<div class="bar"><button>Use it</button></div></form>
+<main><form id="form">
+<label for="prompt">Prompt</label><textarea id="prompt" rows="3" required></textarea><div id="examples"></div>
+<div class="bar"><button class="main" id="go" disabled>Draw</button>
+<button type="button" id="stop" hidden>Stop</button></div>
+<progress id="bar" hidden aria-label="progress"></progress><p id="say" role="status" aria-live="polite">Loading.</p>
+<div><label for="negative_prompt">Without</label><input id="negative_prompt"></div>
+<div class="row">
+<div><label for="num_inference_steps">Steps</label><input id="num_inference_steps" type="number" min="1"></div>
+<div><label for="guidance_scale">Guidance</label><input id="guidance_scale" type="number" min="0" step="any"></div>
+<div><label for="seed">Seed</label><input id="seed" type="number" min="0" placeholder="random"></div></div>
+<div class="row"><div><label for="n">Pictures</label><input id="n" type="number" min="1"></div>
+<div><label for="size">Size</label><select id="size"></select></div></div>
+<div class="row" id="loras" hidden><div><label for="lora">LoRA</label><select id="lora"></select></div>
+<div><label for="weight">LoRA weight</label><input id="weight" type="number" step="any" value="1"></div></div>
+</form><section id="gallery" aria-label="Pictures"></section></main><script>{SCRIPT}</script></body></html>
+""".encode()
+PAGE_HASHES = ["sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+               for text in (STYLE, SCRIPT)]
+
+
+# -----------------------------------------------------------------------------
+# From here to the last section: the networks and what reads their files, the same text as in the scripts that train
+# them. First LoRA and weights in 8 or 4 bits, as in finetune_lora.py.
 
 
 class LoRA(nn.Module):
@@ -1453,7 +2643,7 @@ def open_vae(files, config):
 
 
 # -----------------------------------------------------------------------------
-# What is served: see Model.
+# A folder in diffusers' layout, or such a repository of the hub.
 
 
 def load_frozen(model, tensors, where, device, dtype, quant=None):
@@ -1588,1139 +2778,6 @@ class Prompts:
         before, pooled = self.tower(ids)
         return before, self.tower.final_layer_norm(self.tower.encoder["layers"][-1](before)), pooled
 
-
-class Model:
-    """What the engine needs to know of a model. size and unit: pixels a side in training, and what sides are multiples
-    of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; multistep: whether
-    steps look back, as DPM-Solver++ does; grows: how many times as large pictures may be; most_steps that it knows;
-    parts: what LoRAs can be put into, by name; network: what gives d."""
-    cfg_interval, multistep, classes, grows, most_steps = (0, math.inf), False, (), 2, 1000
-
-    def __init__(self, name, file, args):
-        self.name, self.created, self.args = name, int(file.stat().st_mtime), args
-        self.device, self.loras, self.adapted, self.plain = pick_device(args.device), {}, [], True
-        # on a CPU bf16 makes a picture depend on its company by 3/255
-        exact = args.dtype == "auto" and self.device.type == "cpu"
-        self.dtype = pick_dtype("fp32" if exact else args.dtype, self.device)
-        self.amp = functools.partial(torch.autocast, self.device.type, torch.bfloat16,
-                                     enabled=self.dtype == torch.bfloat16)
-
-    def settle(self, module):
-        """To the device, frozen, and there in the layout of memory that a GPU's convolutions want."""
-        module = module.to(self.device).eval().requires_grad_(False)
-        return module.to(memory_format=torch.channels_last) if self.device.type == "cuda" else module
-
-    def layers(self):
-        """{name: layer} of all that can have a LoRA."""
-        return {f"{part}.{name.removesuffix('.layer')}": layer for part, model in self.parts.items()
-                for name, layer in model.named_modules()
-                if isinstance(layer, (nn.Linear, nn.Conv2d, Quantised)) and "loras" not in name}
-
-    def add_lora(self, name, path):
-        """Puts the LoRA of a file beside its layers, to be used when its name is asked for. Raises Stop."""
-        places, layers = [], self.layers()
-        for layer, (A, B) in read_lora_pairs(path, layers).items():
-            part, _, rest = layer.partition(".")
-            parent, child = self.parts[part].get_submodule(rest.rpartition(".")[0]), rest.rpartition(".")[2]
-            if not isinstance(getattr(parent, child), Adapted):
-                setattr(parent, child, Adapted(layers[layer]))
-                self.adapted.append(getattr(parent, child))
-            lora, adapted = LoRA(layers[layer], len(A), len(A)), getattr(parent, child)
-            lora.A.weight.data.copy_(A)
-            lora.B.weight.data.copy_(B)
-            adapted.loras.append(lora.to(self.device).requires_grad_(False))
-            adapted.weights.append(0.0)
-            places.append((adapted, len(adapted.loras) - 1))
-        self.loras[name] = places
-
-    def use(self, lora):
-        """Lets these LoRAs act, ((name, weight), ...), and no others."""
-        self.plain = not lora
-        for adapted in self.adapted:
-            adapted.weights = [0.0] * len(adapted.weights)
-        for name, weight in lora:
-            for adapted, i in self.loras[name]:
-                adapted.weights[i] += weight
-
-    def join(self, picture):
-        """Noise and texts of a picture that joins: the same noise as picture 0 of --seed of the training script."""
-        job, noise = picture.job, next(image_noise(picture.seed, [0], picture.shape, self.device))[0]
-        with self.amp(), torch.no_grad():
-            if job.text is None:
-                job.text = self.read(job.asked["prompt"])
-            if job.text_null is None and job.cfg_scale != 1:
-                job.text_null = self.read(job.asked.get("negative_prompt", ""))
-        picture.z = noise * self.loudness(picture.times[0])
-
-    def loudness(self, t):
-        """Of the noise that a picture begins with."""
-        return 1.0
-
-    def clip(self, x0):
-        """What of an estimate of x0 can be."""
-        return x0
-
-    def warm_up(self, max_batch):
-        """A step, so that the first request does not wait for what is done once; not of large pictures on a CPU."""
-        if self.device.type == "cpu" and self.size > 128:
-            return
-        shape, times = self.shape(self.size, self.size), self.times(1, self.size, self.size)
-        for n in [1 << k for k in range((2 * max_batch - 1).bit_length() + 1)] if self.args.compile else [1]:
-            job = Job(dict(prompt=self.examples[0]), 1.0, ())
-            pictures = [Picture(job, i, 0, shape, times, ()) for i in range(n)]
-            for p in pictures:
-                self.join(p)
-            step(self, pictures)
-        self.decode(pictures[0].z)
-
-    def level(self, t):
-        """What the network is told for the time t."""
-        return t
-
-    def ask(self, z, levels, text):
-        """What the network says. Compiled, it is for each size of batch anew, and so sees 1, 2, 4, 8 ... alone: what is
-        missing is filled with the last picture. Pictures of another size or with a LoRA do without, lest all wait."""
-        n, network = len(z), self.network
-        if self.args.compile and self.plain and z.shape[1:] == self.shape(self.size, self.size):
-            full = torch.arange(1 << (n - 1).bit_length(), device=z.device).clamp(max=n - 1)
-            z, levels, *text = (a[full] for a in (z, levels, *text))
-        elif self.args.compile:
-            network = self.network.forward
-        with self.amp():
-            return network(z, levels, *self.told(text))[:n].float()
-
-    def told(self, text):
-        """The arguments that a text is to the network."""
-        return [text]
-
-    def derivative(self, z, t, levels, text):
-        """z (B, C, h, w), t (B, 1, 1, 1), levels (B,) and what the network is told -> d of z = x0 + t d."""
-        return self.ask(z, levels, text)
-
-    @torch.no_grad()
-    def decode(self, z):
-        """z (C, h, w) -> uint8 (H, W, 3)."""
-        with self.amp():
-            return to_uint8(decode(self.vae, self.network, z[None]).float())[0]
-
-
-def read_lora_pairs(path, layers):
-    """A LoRA of finetune_lora.py in the names of diffusers, with alpha in B -> {layer: (A, B)}. Raises Stop for one
-    that does not fit these layers."""
-    tensors, _ = load_safetensors(path)
-    found, lost = {}, []
-    for key, v in tensors.items():
-        m = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
-        name = m and m[1].replace(".text_model.", ".", 1)
-        if name in layers:
-            found.setdefault(name, {})[m[2]] = v
-        else:
-            lost.append(key)
-    for name, pair in found.items():
-        layer = layers[name]
-        conv = isinstance(layer, nn.Conv2d)
-        sides = (layer.in_channels, *layer.kernel_size, layer.out_channels) if conv else \
-            (layer.in_features, layer.out_features)
-        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1] or (*pair["A"].shape[1:], len(pair["B"])) != sides:
-            lost.append(name)
-    if lost or not found:
-        raise Stop(f"{path} is no LoRA of this model in the names of diffusers, as finetune_lora.py writes it: "
-                   + (f"{len(lost)} keys do not fit, such as {lost[0]}" if lost else "it is empty"))
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
-
-
-def too_long(text, tokenise, most):
-    """What is wrong with a text, or None."""
-    if max(map(len, text.split()), default=0) > 100:  # CLIP's tokenizer takes seconds for such
-        return "has a word of more than 100 letters"
-    known = getattr(tokenise, "known", {})
-    if len(known) > 10_000:  # each word that was ever asked for
-        known.clear()
-    tokens = len(tokenise(text))
-    return f"has {tokens} tokens, and {most} are all that the model reads" if tokens > most else None
-
-
-def own_vae(tensors, saved, path):
-    """The autoencoder of a model.safetensors: in it, on the hub, or none. Raises Stop."""
-    own = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
-    if own:
-        vae = TinyVAE()
-        load_weights(vae, own, path)
-        return vae
-    if saved["vae"] == "none":
-        return Pixels()
-    if saved["vae"] not in AUTOENCODERS:
-        raise Stop(f"{path} was made with --vae {saved['vae']}; this script reads tiny, none, "
-                   + ", ".join(AUTOENCODERS))
-    repo, file, how = AUTOENCODERS[saved["vae"]]
-    return open_vae([hub_file(repo, file)], how)
-
-
-class TextModel(Model):
-    """A model.safetensors of text2img.py: a flow of latents, told by tokens and their mask."""
-    kind, guidance = "text2img", True
-
-    def __init__(self, path, args):
-        super().__init__(path.resolve().parent.name, path, args)
-        tensors, saved, about = read_model(path, "text2img.py")
-        try:
-            self.size, self.shift = saved["size"], saved["time_shift"]
-            self.sample_steps, self.cfg_scale = saved["sample_steps"], saved["cfg_scale"]
-            self.cfg_interval, self.examples = saved["cfg_interval"], about["prompts"]
-            self.vae = own_vae(tensors, saved, path)
-            self.reader = load_reader(SimpleNamespace(text=saved["text"]), 0, 1)
-            tower = CLIPText(**TINY) if saved["text"] == "tiny" else None
-            self.network = DiT(self.vae.channels, saved["patch_size"], saved["model"], self.reader.dim,
-                               self.reader.pooled_dim, tower)
-            self.unit = self.vae.factor * saved["patch_size"]
-            self.network.grid = saved["size"] // self.unit
-            vae_key, text_key = about["vae_key"], about["text_key"]
-        except (KeyError, TypeError) as e:
-            raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
-        if fingerprint(self.vae) != vae_key or self.reader.key != text_key:
-            raise Stop(f"{path} was trained with another {'text encoder' if self.reader.key != text_key else '--vae'}")
-        load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
-        self.network, self.vae = self.settle(self.network), self.settle(self.vae)
-        for layer in [k for k, m in self.network.named_modules() if isinstance(m, nn.Linear) and "blocks" in k]:
-            if args.quant:
-                quantise(self.network, layer, args.quant)
-        self.parts = {"transformer": self.network}
-
-    def shape(self, width, height):
-        return self.vae.channels, height // self.vae.factor, width // self.vae.factor
-
-    def times(self, steps, width, height):
-        return time_grid(steps, self.shift * max(1, max(width, height) / self.size))
-
-    def wrong(self, text):
-        return too_long(text, self.reader.tokenise, self.reader.length)
-
-    def read(self, text):
-        """-> txt (1, L, dim), txt_mask (1, L), pooled (1, P), with L always the same: any can be in one batch."""
-        tokens = read_texts(self.reader, [text], self.device)
-        txt, txt_mask, pooled = self.network.encode_text(text_batch(tokens, [0], self.device))
-        more = self.reader.length - txt.shape[1]
-        return F.pad(txt, (0, 0, 0, more)), F.pad(txt_mask, (0, more)), pooled
-
-
-def time_grid(steps, shift):
-    """steps + 1 times from 1 to 0; shift > 1 puts more of them where there is much noise (2403.03206 eq. 23)."""
-    t = np.linspace(1, 0, steps + 1)
-    return (shift * t / (1 + (shift - 1) * t)).tolist()
-
-
-class SDModel(Model):
-    """Stable Diffusion 1.5: a folder in diffusers' layout, or from the hub. In z = x / sqrt(alpha_bar), in which
-    the noise has the deviation sigma, a diffusion is an ODE in t = sigma with d = eps (2206.00364)."""
-    kind, guidance, unit, multistep, size, sample_steps, cfg_scale = "sd", True, 64, True, 512, 25, 7.5
-    examples = ["an astronaut riding a horse on the moon, photograph", "a bowl of fruit, oil painting"]
-
-    def __init__(self, name, args):
-        files = find_base(name)
-        if "sd" not in files:
-            raise Stop(f"{name} is another kind of model; of folders this script serves those of Stable Diffusion 1.5")
-        super().__init__(Path(name).name, files["sd"][0], args)
-        dtype = self.dtype
-        scheduler = read_json(files["scheduler"][0])
-        try:
-            self.alpha_bar, get = alpha_bar_of(scheduler), scheduler.get
-            self.spacing = get("timestep_spacing", "linspace"), get("steps_offset", 0), "dpmpp_2m"
-            self.v_prediction = get("prediction_type", "epsilon") == "v_prediction"
-            with torch.device("meta"):
-                self.network = SDUNet(read_json(files["unet"][0]))
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            raise Stop(f"{name} has a config.json that this script does not understand: {e!r}")
-        self.prompts = Prompts(files, "text_encoder", "tokenizer", self.device, dtype)
-        config, *weights = files["unet"]
-        load_frozen(self.network, read_tensors(weights), weights[0], self.device, dtype, args.quant)
-        config, *weights = files["vae"]
-        self.vae = self.settle(open_vae(weights, read_json(config)))
-        self.network = self.settle(self.network)
-        self.sigmas = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().numpy()
-        self.parts = {"unet": self.network, "text_encoder": self.prompts.tower}
-
-    def shape(self, width, height):
-        return self.network.conv_in.in_channels, height // 8, width // 8
-
-    def times(self, steps, width, height):
-        return [*np.interp(spaced(steps, len(self.sigmas), *self.spacing), range(len(self.sigmas)),
-                           self.sigmas).tolist(), 0.0]
-
-    def loudness(self, t):
-        return math.sqrt(1 + t * t)
-
-    def wrong(self, text):
-        return too_long(text, self.prompts.bpe, self.prompts.tower.length)
-
-    def read(self, text):
-        return [self.prompts.read(self.prompts.ids([text])[0].to(self.device))[1]]           # (1, 77, D)
-
-    def level(self, t):
-        return float(np.interp(t, self.sigmas, range(len(self.sigmas))))
-
-    def derivative(self, z, t, levels, text):
-        xt = z / (1 + t ** 2).sqrt()
-        out = self.ask(xt, levels, text)
-        return (xt * t + out) / (1 + t ** 2).sqrt() if self.v_prediction else out
-
-    @torch.no_grad()
-    def decode(self, z):
-        with self.amp():
-            return to_uint8(self.vae.decode(z[None]).float())[0]
-
-
-class ClassModel(Model):
-    """What is told a class, by name or number, or nothing at all."""
-
-    def describe(self, path, script):
-        """Reads a model.safetensors -> its tensors, settings and data; takes over what all such models have."""
-        tensors, saved, about = read_model(path, script)
-        try:
-            self.size, self.sample_steps, told = saved["size"], saved["sample_steps"], saved["class_cond"]
-            self.classes = list(about["classes"]) if told else []
-        except (KeyError, TypeError) as e:
-            raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
-        self.guidance, self.cfg_scale = bool(self.classes), saved.get("cfg_scale", 1.0) if self.classes else 1.0
-        self.cfg_interval, self.parts = saved.get("cfg_interval", self.cfg_interval), {}
-        self.examples = self.classes or [""]
-        return tensors, saved, about
-
-    def wrong(self, text):
-        if not self.classes and text:
-            return "has to be empty: this model is told nothing"
-        names = [*self.classes, *map(str, range(len(self.classes))), ""]
-        return None if text in names else f"has to be a class: {', '.join(self.classes)[:300]}; or empty"
-
-    def read(self, text):
-        if not self.classes:
-            return []
-        y = self.classes.index(text) if text in self.classes else int(text or len(self.classes))     # none: the last
-        return [torch.tensor([y], device=self.device)]
-
-    def told(self, text):
-        return text
-
-
-class LatentModel(ClassModel):
-    """A model.safetensors of latent_dit.py: a flow of latents."""
-    kind, widths = "latent_dit", {"tiny": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
-                                  "XL": (28, 1152, 16)}
-
-    def __init__(self, path, args):
-        super().__init__(path.resolve().parent.name, path, args)
-        tensors, saved, about = self.describe(path, "latent_dit.py")
-        self.vae = own_vae(tensors, saved, path)
-        try:
-            self.network = LabelDiT(self.vae.channels, saved["patch_size"], *self.widths[saved["model"]],
-                                    len(self.classes))
-            self.unit, self.shift = self.vae.factor * saved["patch_size"], saved["time_shift"]
-            if fingerprint(self.vae) != about["vae_key"]:
-                raise Stop(f"{path} was trained with another --vae")
-        except (KeyError, TypeError) as e:
-            raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
-        load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith(("vae.", "repa."))}, path)
-        self.network.grid = self.size // self.unit
-        self.network, self.vae = self.settle(self.network), self.settle(self.vae)
-
-    shape, times = TextModel.shape, TextModel.times
-
-
-class PixelModel(ClassModel):
-    """A model.safetensors of cfm_images.py, a flow of pixels, or of ddpm_images.py, a diffusion: with DPM-Solver++, in
-    z and sigma as SDModel, and with x0 kept to the range of pictures, as ddpm_images.py keeps it."""
-    kind, grows = "pixels", 1
-
-    def __init__(self, path, args):
-        super().__init__(path.resolve().parent.name, path, args)
-        flow = load_safetensors(path)[1]["script"] == "cfm_images.py"
-        tensors, saved, _ = self.describe(path, "cfm_images.py" if flow else "ddpm_images.py")
-        try:
-            sides = [saved[k] for k in "size patch width mults blocks attn dropout".split()] + [len(self.classes)]
-            self.network = VelocityUNet(saved["pred"], saved["meanflow"], *sides) if flow else UNet(*sides)
-            self.multistep, self.pred, self.shift = not flow, saved["pred"], saved.get("shift", 1.0)
-            alpha_bar = None if flow else make_alpha_bar(saved["schedule"])
-            if saved.get("meanflow"):
-                raise Stop(f"{path} is a MeanFlow, which this script does not know: cfm_images.py --sample draws")
-            if saved.get("condition", "none") != "none":
-                raise Stop(f"{path} translates pictures; this script serves models that draw from noise")
-        except (KeyError, TypeError, ValueError) as e:
-            raise Stop(f"{path} does not describe its model: {e!r}; has it been edited?")
-        load_weights(self.network, tensors, path)
-        self.network = self.settle(self.network)
-        self.sigmas = None if flow else ((1 - alpha_bar) / alpha_bar).sqrt().numpy()
-        self.unit = self.size
-
-    def shape(self, width, height):
-        return 3, height, width
-
-    def times(self, steps, width, height):
-        if self.sigmas is None:
-            return time_grid(steps, self.shift)
-        return [*self.sigmas[np.linspace(T - 1, 0, steps).round().astype(int)].tolist(), 0.0]
-
-    def loudness(self, t):
-        return 1.0 if self.sigmas is None else math.sqrt(1 + t * t)
-
-    def level(self, t):
-        return t if self.sigmas is None else float(np.interp(t, self.sigmas, range(T)).round())
-
-    def derivative(self, z, t, levels, text):
-        if self.sigmas is None:
-            return self.ask(z, levels, text)
-        xt = z / (1 + t ** 2).sqrt()
-        return (z - to_x0(self.ask(xt, levels, text), xt, 1 / (1 + t ** 2), self.pred)) / t
-
-    def clip(self, x0):
-        return x0 if self.sigmas is None else x0.clamp(-1, 1)
-
-    @torch.no_grad()
-    def decode(self, z):
-        return to_uint8(z[None])[0]
-
-
-# -----------------------------------------------------------------------------
-# The API: what a request may ask for. One table says what is checked and what /openapi.json tells of it.
-
-
-class Refused(Exception):
-    """A request that is not done, with the status and the error that the client gets; retry: seconds to wait."""
-
-    def __init__(self, status, message, param=None, code=None, retry=None):
-        super().__init__(message)
-        self.status, self.param, self.code, self.retry = status, param, code, retry
-
-    def body(self):
-        kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else \
-            "invalid_request_error"
-        return {"error": dict(message=str(self), type=kind, param=self.param, code=self.code)}
-
-
-IGNORED = ("quality", "style", "moderation", "user")  # of OpenAI's, without meaning here
-MAX_BODY = 64 * 1024
-
-
-def fields_of(model, args):
-    """What POST /v1/images/generations takes, {name: JSON schema}."""
-    text = dict(type="string", maxLength=2000)
-    steps = min(args.max_steps, model.most_steps)
-    fields = dict(
-        prompt=dict(text, description="what to draw, such as: " + model.examples[0]),
-        negative_prompt=dict(text, default="", description="what to keep away from, by guidance"),
-        class_label=dict(anyOf=[dict(type="string"), dict(type="integer")], description="the same as prompt: one of "
-                         + ", ".join(model.classes)),
-        model=dict(type="string", enum=[model.name]),
-        n=dict(type="integer", minimum=1, maximum=args.max_n, default=1, description="how many pictures"),
-        size=dict(type="string", pattern=r"auto|[1-9]\d{0,4}x[1-9]\d{0,4}", default="auto",
-                  description=f"width x height in pixels, multiples of {model.unit}; auto: {model.size}x{model.size}"),
-        seed=dict(type="integer", minimum=0, maximum=2 ** 53 - 1,
-                  description="seed of the first picture, the next has the next; random unless given"),
-        num_inference_steps=dict(type="integer", minimum=1, maximum=steps, default=min(steps, model.sample_steps),
-                                 description="steps from noise to data"),
-        guidance_scale=dict(type="number", minimum=0, maximum=100, default=model.cfg_scale,
-                            description="strength of classifier-free guidance; 1: off, which halves the work"),
-        lora=dict(anyOf=[dict(type="string"), dict(type="array")],
-                  description='a LoRA\'s name, or several, as "name" or {"name": ..., "weight": 0.8}; there are: '
-                              + (", ".join(model.loras) or "none")),
-        response_format=dict(type="string", enum=["b64_json", "url"], default="b64_json"),
-        output_format=dict(type="string", enum=["png", "jpeg"] + ["webp"] * features.check("webp"), default="png"),
-        output_compression=dict(type="integer", minimum=0, maximum=100, default=90,
-                                description="quality of jpeg and webp, in percent"),
-        background=dict(type="string", enum=["auto", "opaque"], default="auto"),
-        stream=dict(type="boolean", default=False, description="progress and pictures as server-sent events"),
-        partial_images=dict(type="integer", minimum=0, maximum=8, default=0,
-                            description="with stream: how many pictures to send on the way"))
-    if not model.classes:
-        del fields["class_label"]
-    if isinstance(model, ClassModel):
-        del fields["negative_prompt"]
-    if not model.guidance:
-        del fields["guidance_scale"]
-    return fields | {name: dict(description="taken for the sake of clients, without effect") for name in IGNORED}
-
-
-def check_value(name, value, schema):
-    """Raises Refused unless a value is as its JSON schema says, of which it knows what fields_of() has."""
-    def wrong(sentence):
-        raise Refused(400, f"{name} {sentence}", name, "invalid_value")
-    kinds = dict(string=(str, "text"), integer=(int, "a whole number"), number=((int, float), "a number"),
-                 boolean=(bool, "true or false"), array=(list, "a list"))
-    types = [kinds[s["type"]] for s in schema.get("anyOf", [schema] * ("type" in schema))]
-    if types and not any(isinstance(value, t) and isinstance(value, bool) == (t is bool) for t, _ in types):
-        wrong("has to be " + " or ".join(words for _, words in types))
-    if name == "model" and value not in schema["enum"]:
-        raise Refused(404, f"there is no model {value[:100]!r}; this server has {schema['enum'][0]}", name,
-                      "model_not_found")
-    if "enum" in schema and value not in schema["enum"]:
-        wrong(f"has to be one of {', '.join(schema['enum'])}")
-    if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
-        wrong(f"has to lie between {schema['minimum']} and {schema['maximum']}")
-    if "maxLength" in schema and len(value) > schema["maxLength"]:
-        wrong(f"has {len(value)} characters, and {schema['maxLength']} is the most")
-    if "pattern" in schema and not re.fullmatch(schema["pattern"], value, re.ASCII):
-        wrong("has to be auto or like 512x512")
-
-
-def parse_json(body):
-    """The object that is the body of a request. Raises Refused."""
-    def no_constant(name):
-        raise ValueError(f"{name} is no JSON")
-    try:
-        asked = json.loads(body.decode("utf-8"), parse_constant=no_constant)
-        json.dumps(asked).encode()
-    except (ValueError, RecursionError) as e:
-        raise Refused(400, f"the body is not JSON in UTF-8: {str(e)[:100]}", code="invalid_json")
-    if not isinstance(asked, dict):
-        raise Refused(400, "the body has to be a JSON object, such as {\"prompt\": \"...\"}", code="invalid_json")
-    return asked
-
-
-def make_job(asked, model, args):
-    """The body of a request -> its Job. Raises Refused."""
-    fields = fields_of(model, args)
-    asked = {name: value for name, value in asked.items() if value is not None}      # null: as if it were not there
-    for name, value in asked.items():
-        if name not in fields:
-            raise Refused(400, f"{name[:100]!r} is not known; there are {', '.join(fields)}", name[:100],
-                          "unknown_parameter")
-        check_value(name, value, fields[name])
-    if "class_label" in asked:
-        if asked.get("prompt"):
-            raise Refused(400, "class_label and prompt say the same: one of them", "class_label", "invalid_value")
-        asked["prompt"] = str(asked["class_label"])
-    if "prompt" not in asked:
-        raise Refused(400, "prompt is missing", "prompt", "missing_required_parameter")
-    if asked.get("stream") and asked.get("response_format") == "url":
-        raise Refused(400, "response_format has to be b64_json with stream", "response_format", "invalid_value")
-    asked = {name: schema["default"] for name, schema in fields.items() if "default" in schema} | asked
-    for name in [name for name in ("prompt", "negative_prompt") if name in fields]:
-        try:
-            asked[name].encode()
-        except UnicodeEncodeError:
-            raise Refused(400, f"{name} is not Unicode: it has half of a surrogate pair", name, "invalid_value")
-        if wrong := model.wrong(asked[name]):
-            raise Refused(400, f"{name} {wrong}", name, "invalid_value")
-    width, height = [model.size] * 2 if asked["size"] == "auto" else map(int, asked["size"].split("x"))
-    most = args.max_size or model.grows * model.size
-    if width % model.unit or height % model.unit or max(width, height) > most:
-        raise Refused(400, f"the sides of size have to be multiples of {model.unit}, and at most {most}", "size",
-                      "invalid_value")
-    lora = []
-    named = asked.get("lora", [])
-    if isinstance(named, list) and len(named) > 8:
-        raise Refused(400, "lora has more than 8 entries", "lora", "invalid_value")
-    for entry in named if isinstance(named, list) else [named]:
-        name, weight = (entry.get("name"), entry.get("weight", 1)) if isinstance(entry, dict) else (entry, 1)
-        if not isinstance(name, str) or name not in model.loras:
-            raise Refused(400, f"there is no LoRA {str(name)[:100]!r}; there are: {', '.join(model.loras) or 'none'}",
-                          "lora", "lora_not_found")
-        check_value("lora", weight, dict(type="number", minimum=-10, maximum=10))
-        lora.append((name, float(weight)))
-    seed = asked.setdefault("seed", secrets.randbelow(2 ** 31))
-    check_value("seed", seed + asked["n"] - 1, fields["seed"])
-    times = model.times(asked["num_inference_steps"], width, height)
-    steps, k = len(times) - 1, asked["partial_images"] if asked["stream"] else 0
-    job = Job(asked, float(asked.get("guidance_scale", 1)), {steps * i // (k + 1) for i in range(1, k + 1)} - {0})
-    shape = model.shape(width, height)
-    job.pictures = [Picture(job, i, seed + i, shape, times, tuple(sorted(lora))) for i in range(asked["n"])]
-    asked["size"] = f"{width}x{height}"
-    return job
-
-
-def encode(picture, asked):
-    """uint8 (H, W, 3) -> the bytes of a file."""
-    file, kind = io.BytesIO(), asked["output_format"]
-    Image.fromarray(picture).save(file, kind, **({} if kind == "png" else dict(quality=asked["output_compression"])))
-    return file.getvalue()
-
-
-class Shelf:
-    """Pictures for response_format url, in memory: the newest, for an hour, under names that cannot be guessed."""
-    most, seconds = 256 * 2 ** 20, 3600
-
-    def __init__(self):
-        self.pictures, self.size, self.lock = collections.OrderedDict(), 0, threading.Lock()
-
-    def put(self, content, kind):
-        name, now = f"{secrets.token_urlsafe(18)}.{kind}", time.monotonic()
-        with self.lock:
-            self.pictures[name], self.size = (now, content), self.size + len(content)
-            while self.size > self.most or now - next(iter(self.pictures.values()))[0] > self.seconds:
-                self.size -= len(self.pictures.popitem(last=False)[1][1])
-        return name
-
-    def get(self, name):
-        with self.lock:
-            put, content = self.pictures.get(name, (0, None))
-        return content if content and time.monotonic() - put < self.seconds else None
-
-
-# -----------------------------------------------------------------------------
-# HTTP. A thread for each client; the threads wait, the engine works.
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-READ_SECONDS, WRITE_SECONDS = 20, 30  # for a whole request to come; for a part of an answer to be taken
-
-
-class InTime(socket.SocketIO):
-    """Reads from a socket until a deadline, however slowly the bytes drip in."""
-    until = math.inf
-
-    def readinto(self, b):
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the request came too slowly")
-        self._sock.settimeout(left)
-        return super().readinto(b)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 128
-
-    def __init__(self, args):
-        self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        super().__init__((args.host, args.port), Handler)
-        self.args, self.engine, self.model, self.shelf = args, None, None, Shelf()
-        self.slots, self.lock = threading.Semaphore(args.connections), threading.Lock()
-        self.counted, self.durations, self.open_requests = collections.Counter(), collections.Counter(), 0
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        self.url = f"http://{host}:{self.server_port}"
-
-    def process_request(self, request, client_address):
-        if self.slots.acquire(blocking=False):
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError:  # no more threads
-                self.slots.release()
-        try:
-            request.settimeout(0.1)
-            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n"
-                            b"Connection: close\r\n\r\n")
-        except OSError:
-            pass
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request, client_address):
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.slots.release()
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):                           # OSError: a client has gone
-            log(event="error", error=traceback.format_exc()[-2000:])
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One client. Each request gets one answer and one line in the log."""
-    protocol_version, server_version, sys_version, status = "HTTP/1.1", "serve.py", "", 0
-
-    def setup(self):
-        super().setup()
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.reader = InTime(self.connection, "rb")
-        self.rfile = io.BufferedReader(self.reader)
-
-    def handle_one_request(self):
-        self.reader.until = time.monotonic() + READ_SECONDS
-        super().handle_one_request()
-
-    def finish(self):
-        """An answer to a request that was not read to its end would be lost with the connection: let it arrive."""
-        try:
-            self.connection.shutdown(socket.SHUT_WR)
-            self.reader.until, b = time.monotonic() + 2, bytearray(1 << 16)
-            while self.reader.readinto(b):
-                pass
-        except OSError:
-            pass
-        super().finish()
-
-    def log_message(self, *args):
-        pass
-
-    def version_string(self):
-        return self.server_version
-
-    def send_error(self, code, message=None, explain=None):
-        """Of the base class, for what is no HTTP."""
-        self.close_connection, self.about, self.id = True, {}, secrets.token_hex(8)
-        self.request_version = "HTTP/1.1"                                        # to have a head at all
-        self.command = getattr(self, "command", None)
-        self.refuse(Refused(405 if code == 501 else code, message or "this is no HTTP that is known here"))
-        log(event="request", id=self.id, method=self.command, status=self.status, client=self.client_address[0],
-            **self.about)
-
-    def answer(self):
-        if self.request_version == "HTTP/0.9":
-            return self.send_error(400, "a request ends with HTTP/1.1")
-        self.about, self.status, began = {}, 0, time.monotonic()
-        given = self.headers.get("X-Request-Id", "")
-        self.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
-        self.where = re.sub(r"^https?://[^/?#]*", "", self.path).partition("?")[0].partition("#")[0]
-        with self.server.lock:
-            self.server.open_requests += 1
-        body = None
-        try:
-            handler = self.route()
-            body = self.read_body()
-            handler(self, body)
-        except Refused as e:
-            unread = body is None and self.headers.get("Content-Length", "0") != "0"
-            self.close_connection |= unread or "Transfer-Encoding" in self.headers
-            self.refuse(e)
-        except TimeoutError:
-            self.close_connection = True
-            if self.status:  # an answer that nobody takes
-                self.status = 499
-            else:
-                self.refuse(Refused(408, "the request came too slowly"))
-        except ConnectionError:
-            self.close_connection, self.status = True, 499                       # nginx's number for: has hung up
-        except Exception:
-            log(event="error", id=self.id, error=traceback.format_exc()[-2000:])
-            self.close_connection = True
-            if not self.status:
-                self.refuse(Refused(500, "this has failed; the log of the server says why"))
-        finally:
-            took = time.monotonic() - began
-            known = self.where if self.where in ROUTES else "other"
-            with self.server.lock:
-                self.server.open_requests -= 1
-                self.server.counted[known, self.status] += 1
-                self.server.durations[known] += took
-            log(event="request", id=self.id, method=self.command, path=self.where[:200], status=self.status,
-                ms=round(1000 * took), client=self.client_address[0], **self.about)
-    do_GET = do_HEAD = do_POST = answer
-
-    def read_body(self):
-        """The body, whose length has to be told in the one way that cannot be misread. Raises Refused."""
-        lengths = self.headers.get_all("Content-Length", [])
-        if self.headers.defects or "Transfer-Encoding" in self.headers or len(lengths) > 1 \
-                or any(not re.fullmatch(r"[0-9]{1,12}", length, re.ASCII) for length in lengths):
-            self.close_connection = True
-            raise Refused(400, "the headers do not say in one way how long the body is: it takes one Content-Length")
-        length = int(lengths[0]) if lengths else 0
-        if length > MAX_BODY:
-            self.close_connection = True
-            raise Refused(413, f"the body has {length} bytes, and {MAX_BODY} is the most")
-        body = self.rfile.read(length)
-        if len(body) < length:
-            raise ConnectionError("hung up")
-        return body
-
-    def route(self):
-        """-> what answers this request, before its body is read. Raises Refused."""
-        server, names = self.server, self.headers.get_all("Host", [])
-        host = re.sub(r":\d*$", "", names[0] if names else "localhost").strip("[]").lower()
-        if len(names) > 1:
-            raise Refused(400, "there are two Hosts")
-        if server.args.host in LOOPBACK and not server.args.api_key and host not in LOOPBACK:  # DNS rebinding
-            raise Refused(403, "this server is for this machine alone, by the name localhost or 127.0.0.1")
-        method, handler = ROUTES.get(self.where, (None, None))
-        if self.where.startswith(FILES):
-            method, handler = "GET", Handler.file
-        if self.where.startswith("/v1/models/"):
-            method, handler = "GET", Handler.one_model
-        if handler is None:
-            raise Refused(404, f"there is nothing at {self.where[:100]}; /openapi.json tells what there is")
-        if method != {"HEAD": "GET"}.get(self.command, self.command):
-            raise Refused(405, f"{self.where} takes {method}", code=method)
-        if self.where not in OPEN and not self.where.startswith(FILES) and server.args.api_key:
-            scheme, _, key = self.headers.get("Authorization", "").partition(" ")
-            right = hmac.compare_digest(key.encode("latin-1"), server.args.api_key.encode())
-            if scheme.lower() != "bearer" or not right:
-                raise Refused(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY",
-                              code="invalid_api_key")
-        if self.where not in OPEN and server.engine is None:
-            raise Refused(503, "the model is being read", retry=2)
-        return handler
-
-    def respond(self, status, content, kind="application/json", **headers):
-        """A whole answer; content: bytes, or what is to be JSON."""
-        if not isinstance(content, bytes):
-            content = json.dumps(content).encode()
-        self.head(status, kind, {"Content-Length": str(len(content)), **headers})
-        for k in range(0, len(content) if self.command != "HEAD" else 0, 1 << 16):
-            self.wfile.write(content[k:k + (1 << 16)])  # for each part the client has WRITE_SECONDS
-
-    def head(self, status, kind, headers):
-        self.status = status
-        self.connection.settimeout(WRITE_SECONDS)
-        self.send_response(status)
-        self.close_connection |= bool(self.server.engine and self.server.engine.refusal)
-        for name, value in {"Content-Type": kind, "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff",
-                            "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
-                            "Cross-Origin-Resource-Policy": "same-origin", **headers,
-                            **({"Connection": "close"} if self.close_connection else {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def refuse(self, e):
-        headers = {} if e.retry is None else {"Retry-After": str(e.retry)}
-        headers |= {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": e.code}}.get(e.status, {})
-        self.about["error"] = str(e)[:200]
-        try:
-            self.respond(e.status, e.body(), **headers)
-        except OSError:
-            self.close_connection = True
-
-    # what there is
-
-    def page(self, body):
-        self.respond(200, PAGE, "text/html; charset=utf-8", **{
-            "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
-            f"style-src '{PAGE_HASHES[0]}'; script-src '{PAGE_HASHES[1]}'; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"})
-
-    def healthz(self, body):
-        failed = self.server.engine and not self.server.engine.is_alive()
-        self.respond(500 if failed else 200, dict(status="failed" if failed else "ok"))
-
-    def readyz(self, body):
-        engine = self.server.engine
-        ready = bool(engine and engine.ready and not engine.refusal)
-        self.respond(200 if ready else 503, dict(status="ready" if ready else "not ready"))
-
-    def models(self, body):
-        self.respond(200, dict(object="list", data=[self.about_model()]))
-
-    def one_model(self, body):
-        if self.where != f"/v1/models/{self.server.model.name}":
-            raise Refused(404, "there is no such model", "model", "model_not_found")
-        self.respond(200, self.about_model())
-
-    def about_model(self):
-        model = self.server.model
-        fields = fields_of(model, self.server.args)
-        return dict(
-            id=model.name, object="model", created=model.created, owned_by="serve.py", kind=model.kind, size=model.size,
-            unit=model.unit, max_size=self.server.args.max_size or model.grows * model.size, loras=list(model.loras),
-            examples=model.examples[:3], classes=model.classes, max_n=self.server.args.max_n,
-            defaults={name: schema["default"] for name, schema in fields.items() if "default" in schema})
-
-    def openapi(self, body):
-        error = dict(description="what is wrong", content={"application/json": dict(schema=dict(type="object"))})
-        done = dict(description="OK")
-        paths = {where: {method.lower(): dict(summary=handler.__name__, responses={"200": done})}
-                 for where, (method, handler) in ROUTES.items()}
-        paths["/v1/images/generations"]["post"] = dict(
-            summary="draws pictures",
-            responses={"200": done, **{str(status): error for status in (400, 401, 404, 429, 503, 504)}},
-            requestBody=dict(required=True, content={"application/json": dict(schema=dict(
-                type="object", additionalProperties=False,
-                anyOf=[dict(required=["prompt"])] + [dict(required=["class_label"])] * bool(self.server.model.classes),
-                properties=fields_of(self.server.model, self.server.args)))}))
-        self.respond(200, dict(openapi="3.1.0", info=dict(title="serve.py", version="1"), paths=paths))
-
-    def metrics(self, body):
-        engine, server, lines = self.server.engine, self.server, []
-        with server.lock:
-            counted, durations = dict(server.counted), dict(server.durations)
-
-        def metric(name, kind, **values):
-            lines.append(f"# TYPE serve_{name} {kind}")
-            lines.extend(f"serve_{labels} {value}" for labels, value in values.items())
-        metric("requests_total", "counter", **{f'requests_total{{path="{path}",status="{status}"}}': n
-                                               for (path, status), n in counted.items()})
-        metric("request_seconds", "summary", **{
-            f'request_seconds_{what}{{path="{path}"}}': value for path, seconds in durations.items() for what, value in
-            (("sum", round(seconds, 6)), ("count", sum(n for (p, _), n in counted.items() if p == path)))})
-        for name in ("pictures", "steps", "picture_steps"):
-            metric(f"{name}_total", "counter", **{f"{name}_total": engine.counted[name]})
-        metric("pictures_under_way", "gauge", pictures_under_way=len(engine.pictures))
-        metric("ready", "gauge", ready=int(engine.ready))
-        self.respond(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
-
-    def file(self, body):
-        content = self.server.shelf.get(self.where.removeprefix(FILES))
-        if content is None:
-            raise Refused(404, "there is no such picture, or no more: the newest are kept, for an hour at most")
-        self.respond(200, content, f"image/{self.where.rpartition('.')[2]}")
-
-    def generations(self, body):
-        if self.headers.get_content_type() != "application/json":  # a page of another origin cannot send this unasked
-            raise Refused(415, "Content-Type has to be application/json")
-        asked = parse_json(body)
-        job = make_job(asked, self.server.model, self.server.args)
-        job.id = self.id
-        self.about |= {k: job.asked[k] for k in ("n", "size", "num_inference_steps", "seed")}
-        if job.pictures[0].lora:
-            self.about["lora"] = job.pictures[0].lora
-        if self.server.args.log_prompts:
-            self.about["prompt"] = job.asked["prompt"]
-        self.server.engine.submit(job)
-        try:
-            (self.stream if job.asked["stream"] else self.collect)(job)
-        finally:
-            job.over = True  # whatever happened here: it costs no more
-            self.about["queue_ms"] = round(1000 * ((job.started or time.monotonic()) - job.began))
-
-    def events(self, job):
-        """What the engine tells of a job, until all is drawn. Raises Refused, and ConnectionError when the client has
-        hung up meanwhile."""
-        left = len(job.pictures)
-        while left:
-            try:
-                what, about = job.news.get(timeout=0.2)
-            except queue.Empty:
-                what = about = None
-            if what == "failed":
-                raise about
-            if self.hung_up():
-                raise ConnectionError("hung up")
-            if time.monotonic() - job.began > self.server.args.deadline:
-                raise Refused(504, f"this took longer than {self.server.args.deadline:g} seconds", code="timeout")
-            if what:
-                left -= what == "picture"
-                yield what, about
-
-    def hung_up(self):
-        """Whether the client has closed its side. Where the system cannot say so, that shows at the end of what it has
-        sent."""
-        if hasattr(select, "POLLRDHUP"):
-            poll = select.poll()
-            poll.register(self.connection, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-            return bool(poll.poll(0))
-        try:
-            self.connection.settimeout(0)
-            return self.connection.recv(1, socket.MSG_PEEK) == b""
-        except BlockingIOError:
-            return False
-        finally:
-            self.connection.settimeout(WRITE_SECONDS)
-
-    def entry(self, picture, pixels):
-        """What the answer says of one picture."""
-        asked, content = picture.job.asked, encode(pixels, picture.job.asked)
-        if asked["response_format"] == "url":
-            host = self.headers.get("Host") or self.server.url.partition("//")[2]
-            name = self.server.shelf.put(content, asked["output_format"])
-            scheme = "https" if self.headers.get("X-Forwarded-Proto") == "https" else "http"
-            return dict(url=f"{scheme}://{host}{FILES}{name}", seed=picture.seed)
-        return dict(b64_json=base64.b64encode(content).decode(), seed=picture.seed)
-
-    def collect(self, job):
-        drawn = {about[0].index: self.entry(*about) for what, about in self.events(job) if what == "picture"}
-        self.respond(200, dict(created=int(time.time()), data=[drawn[i] for i in range(len(drawn))],
-                               background="opaque", model=self.server.model.name, size=job.asked["size"],
-                               output_format=job.asked["output_format"]))
-
-    def stream(self, job):
-        """Server-sent events: OpenAI's, and image_generation.progress. What fails after the first goes as an event."""
-        self.close_connection, done, sent = True, 0, 0
-        total = sum(len(p.times) - 1 for p in job.pictures)
-        self.head(200, "text/event-stream", {})
-
-        def send(kind, **about):
-            text = json.dumps(dict(type=kind, **about))
-            self.wfile.write(f"event: {kind}\ndata: {text}\n\n".encode())
-        common = dict(created_at=int(time.time()), size=job.asked["size"], output_format=job.asked["output_format"],
-                      quality="auto", background="opaque")
-        try:
-            for what, about in self.events(job):
-                if what == "step":
-                    done += 1
-                    send("image_generation.progress", step=done, steps=total)
-                else:
-                    kind = "completed" if what == "picture" else "partial_image"
-                    more = {} if what == "picture" else dict(partial_image_index=sent)
-                    sent += what == "partial"
-                    send(f"image_generation.{kind}", image_index=about[0].index, **self.entry(*about), **more, **common)
-        except Refused as e:
-            self.about["error"], self.status = str(e), e.status                  # for the log: 200 has been said
-            send("error", **e.body())
-
-
-FILES = "/v1/images/files/"
-ROUTES = {"/": ("GET", Handler.page), "/healthz": ("GET", Handler.healthz), "/readyz": ("GET", Handler.readyz),
-          "/metrics": ("GET", Handler.metrics), "/openapi.json": ("GET", Handler.openapi),
-          "/v1/models": ("GET", Handler.models), "/v1/images/generations": ("POST", Handler.generations)}
-OPEN = ("/", "/healthz", "/readyz")  # without the API key; the names of files cannot be guessed
-
-
-def log(**about):
-    """One line of JSON."""
-    try:
-        sys.stdout.write(json.dumps(dict(time=round(time.time(), 3), **about)) + "\n")
-        sys.stdout.flush()
-    except OSError:  # nobody reads it any more
-        pass
-
-
-# -----------------------------------------------------------------------------
-# The page: one file, nothing from elsewhere.
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --accent: #d2591e; font: 16px/1.45 system-ui, sans-serif; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; }
-h1 { font-size: 1.2rem; margin: 0 0 .8rem; } h1 small { font-weight: normal; opacity: .65; margin-left: .5rem; }
-main { display: grid; gap: 1.2rem; grid-template-columns: minmax(16rem, 22rem) 1fr; }
-@media (max-width: 44rem) { main { grid-template-columns: 1fr; } }
-label { display: block; margin: .7rem 0 .2rem; font-size: .9rem; }
-textarea, input, select, button { font: inherit; padding: .45rem .7rem; border: 1px solid var(--line); }
-textarea, input, select, button { border-radius: .5rem; background: none; color: inherit; }
-textarea, input, select { width: 100%; }
-option { color: initial; }
-.row:not([hidden]) { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
-textarea { resize: vertical; }
-button { cursor: pointer; }
-button.main { background: var(--accent); border-color: var(--accent); color: #fff; font-weight: 600; }
-button:disabled { opacity: .5; cursor: default; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-.bar { margin: 1rem 0; display: flex; gap: .6rem; flex-wrap: wrap; }
-progress { width: 100%; height: .5rem; accent-color: var(--accent); } progress[hidden] { display: none; }
-#say { min-height: 1.5em; margin: .3rem 0; } #say.bad { color: #c22; }
-#examples button { font-size: .8rem; padding: .15rem .5rem; margin: .3rem .3rem 0 0; text-align: left; }
-#gallery { display: grid; gap: 1rem; align-content: start; }
-#gallery { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-figure { margin: 0; } figure.small img { image-rendering: pixelated; } figure.under img { filter: saturate(.7); }
-img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: .6rem; background: #8883; }
-figcaption { font-size: .8rem; margin-top: .3rem; overflow-wrap: anywhere; } figcaption a { margin-right: .6rem; }
-"""
-
-SCRIPT = """
-const $ = id => document.getElementById(id);
-const fields = ['negative_prompt', 'num_inference_steps', 'guidance_scale', 'seed', 'n', 'size'];
-let model = null, stop = null;
-const key = () => sessionStorage.getItem('key') || '';
-const headers = () => ({'Content-Type': 'application/json', ...(key() && {Authorization: 'Bearer ' + key()})});
-const say = (text, bad) => { $('say').textContent = text; $('say').className = bad ? 'bad' : ''; };
-
-async function start() {
-  const answer = await fetch('v1/models', {headers: headers()});
-  $('lock').hidden = answer.status != 401;
-  if (answer.status == 401) { say('This server asks for a key.', key() != ''); $('key').focus(); return; }
-  model = (await answer.json()).data[0];
-  $('name').textContent = model.id;
-  for (const name of fields) {
-    $(name).value = model.defaults[name] ?? '';
-    $(name).parentElement.hidden = name != 'seed' && !(name in model.defaults);
-  }
-  $('prompt').required = 'negative_prompt' in model.defaults;
-  $('prompt').labels[0].textContent = model.classes.length ? 'Class' : 'Prompt';
-  $('n').max = model.max_n;
-  const sides = [...new Set([.5, 1, 1.5, 2].map(k => k * model.size))].filter(
-    side => side % model.unit == 0 && side <= model.max_size);
-  const sizes = sides.flatMap(w => sides.map(h => w + 'x' + h));
-  $('size').replaceChildren(...['auto', ...sizes].map(s => new Option(s, s)));
-  $('lora').replaceChildren(new Option('none', ''), ...model.loras.map(s => new Option(s, s)));
-  $('loras').hidden = !model.loras.length;
-  $('examples').replaceChildren(...(model.classes.length ? model.classes : model.examples).slice(0, 40).map(text => {
-    const b = document.createElement('button'); b.type = 'button'; b.textContent = text;
-    b.onclick = () => { $('prompt').value = text; $('prompt').focus(); }; return b; }));
-  say('Ready.'); $('go').disabled = false; $('prompt').focus();
-}
-
-function asked() {
-  const body = {prompt: $('prompt').value};
-  for (const name of fields) if ($(name).value !== '')
-    body[name] = ['negative_prompt', 'size'].includes(name) ? $(name).value : Number($(name).value);
-  if ($('lora').value) body.lora = [{name: $('lora').value, weight: Number($('weight').value || 1)}];
-  return body;
-}
-
-function card(body, seed) {
-  const f = document.createElement('figure'), img = new Image(), caption = document.createElement('figcaption');
-  img.alt = body.prompt; f.append(img, caption); f.className = 'under';
-  if (model.size <= 128) f.classList.add('small');
-  caption.textContent = 'waiting'; $('gallery').prepend(f);
-  return {f, img, caption};
-}
-
-function finish({f, img, caption}, body, event) {
-  f.classList.remove('under');
-  const one = {...body, seed: event.seed, n: 1};
-  const down = document.createElement('a'), again = document.createElement('button');
-  down.href = img.src;
-  down.download = body.prompt.replace(/[^a-z0-9]+/gi, '_').slice(0, 60) + '_' + event.seed + '.png';
-  down.textContent = 'download';
-  again.type = 'button'; again.textContent = 'copy as curl';
-  const secret = key() ? ' -H "Authorization: Bearer $SERVE_API_KEY"' : '';
-  again.onclick = async () => {
-    const text = "curl " + location.origin + "/v1/images/generations -H 'Content-Type: application/json'" + secret
-      + " -d '" + JSON.stringify(one).replaceAll("'", "'\\\\''") + "'";
-    try { await navigator.clipboard.writeText(text); say('Copied.'); } catch { say(text); }
-  };
-  caption.replaceChildren(body.prompt, document.createElement('br'), 'seed ' + event.seed + ' ', down, again);
-}
-
-async function draw() {
-  const body = asked(), cards = [];
-  for (let i = (body.n || 1) - 1; i >= 0; i--) cards[i] = card(body);  // the newest stand first
-  stop = new AbortController();
-  $('go').disabled = true; $('stop').hidden = $('bar').hidden = false; $('bar').removeAttribute('value');
-  say('Waiting for its turn.');
-  let left = cards.length;
-  try {
-    const answer = await fetch('v1/images/generations', {method: 'POST', headers: headers(), signal: stop.signal,
-      body: JSON.stringify({...body, stream: true, partial_images: 5})});
-    if (answer.status == 401) { begin(); throw new Error('The key is wrong.'); }
-    if (!answer.ok) throw new Error((await answer.json()).error.message);
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let text = ''; ;) {
-      const {value, done} = await reader.read();
-      if (done) break;
-      const parts = (text + value).split('\\n\\n'); text = parts.pop();
-      for (const part of parts) {
-        const event = JSON.parse(part.slice(part.indexOf('data: ') + 6));
-        if (event.error) throw new Error(event.error.message);
-        if (event.type == 'image_generation.progress') {
-          $('bar').max = event.steps; $('bar').value = event.step;
-          if (event.step == 1) say('Drawing.');
-          continue;
-        }
-        const c = cards[event.image_index];
-        c.img.src = 'data:image/' + event.output_format + ';base64,' + event.b64_json;
-        c.caption.textContent = 'under way';
-        if (event.type == 'image_generation.completed') { finish(c, body, event); left--; }
-      }
-    }
-    if (left) throw new Error('The connection broke off.');
-    say('Done.');
-  } catch (e) {
-    for (const c of cards) if (c.f.classList.contains('under')) c.f.remove();
-    say(e.name == 'AbortError' ? 'Stopped.' : e.message, e.name != 'AbortError');
-  }
-  $('go').disabled = false; $('stop').hidden = true; $('bar').hidden = true;
-}
-
-$('form').onsubmit = event => { event.preventDefault(); if (!$('go').disabled) draw(); };
-$('prompt').onkeydown = event => {
-  if (event.key != 'Enter' || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  $('form').requestSubmit();
-};
-$('stop').onclick = () => stop.abort();
-$('lock').onsubmit = event => { event.preventDefault(); sessionStorage.setItem('key', $('key').value); begin(); };
-const begin = () => start().catch(() => say(key() ? 'The key is wrong.' : 'The server does not answer.', true));
-begin();
-"""
-
-PAGE = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>serve.py</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
-<h1>Draw a picture<small id="name"></small></h1>
-<form id="lock" hidden><label for="key">API key</label><input id="key" type="password" autocomplete="off">
-<div class="bar"><button>Use it</button></div></form>
-<main><form id="form">
-<label for="prompt">Prompt</label><textarea id="prompt" rows="3" required></textarea><div id="examples"></div>
-<div class="bar"><button class="main" id="go" disabled>Draw</button>
-<button type="button" id="stop" hidden>Stop</button></div>
-<progress id="bar" hidden aria-label="progress"></progress><p id="say" role="status" aria-live="polite">Loading.</p>
-<div><label for="negative_prompt">Without</label><input id="negative_prompt"></div>
-<div class="row">
-<div><label for="num_inference_steps">Steps</label><input id="num_inference_steps" type="number" min="1"></div>
-<div><label for="guidance_scale">Guidance</label><input id="guidance_scale" type="number" min="0" step="any"></div>
-<div><label for="seed">Seed</label><input id="seed" type="number" min="0" placeholder="random"></div></div>
-<div class="row"><div><label for="n">Pictures</label><input id="n" type="number" min="1"></div>
-<div><label for="size">Size</label><select id="size"></select></div></div>
-<div class="row" id="loras" hidden><div><label for="lora">LoRA</label><select id="lora"></select></div>
-<div><label for="weight">LoRA weight</label><input id="weight" type="number" step="any" value="1"></div></div>
-</form><section id="gallery" aria-label="Pictures"></section></main><script>{SCRIPT}</script></body></html>
-""".encode()
-PAGE_HASHES = ["sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-               for text in (STYLE, SCRIPT)]
 
 # -----------------------------------------------------------------------------
 # Utilities, the same text in every script that has them.
@@ -2967,10 +3024,14 @@ def open_model(args):
         if about.get("script") not in kinds:
             raise Stop(f"{name} was made by {about.get('script', 'another program')}; this script serves models of "
                        + ", ".join(kinds))
-        model = kinds[about["script"]](Path(name), args)
+        try:
+            model = kinds[about["script"]](Path(name), args, about["script"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise Stop(f"{name} does not describe its model: {e!r}; has it been edited?")
     else:
         model = SDModel(name, args)
-    if args.max_size and args.max_size < model.size:
+    model.max_size = args.max_size or model.grows * model.size
+    if model.max_size < model.size:
         raise Stop(f"--max_size {args.max_size} is less than the model draws, {model.size}")
     if args.lora_dir and not Path(args.lora_dir).is_dir():
         raise Stop(f"--lora_dir {args.lora_dir} is no folder")
@@ -2991,6 +3052,7 @@ def serve(args):
     threading.Thread(target=server.serve_forever, daemon=True, kwargs=dict(poll_interval=0.1)).start()
     began, came = time.time(), []
     server.model = model = open_model(args)
+    server.fields = fields_of(model, args)
     engine = Engine(model, args.max_batch, args.max_queue)
 
     def note(number, frame):
@@ -3017,9 +3079,11 @@ def serve(args):
     server.shutdown()
     if not engine.is_alive():
         raise Stop(engine.refusal, 1)
-    engine.end()
+    ended, code = engine.end(max(0, until - time.monotonic())), 130 if came[0] == signal.SIGINT else 0
     log(event="stopped")
-    return 130 if came[0] == signal.SIGINT else 0
+    if not ended:  # at the first step still, perhaps compiling: Python could not end beside that thread
+        os._exit(code)
+    return code
 
 
 def main(argv=None):

@@ -62,6 +62,7 @@ class Running:
         self.args = mm.parse_args(["--port", "0", "--device", "cpu", "--dtype", "fp32", *map(str, flags)])
         self.server = mm.Server(self.args)
         self.server.model = self.model = mm.open_model(self.args)
+        self.server.fields = mm.fields_of(self.model, self.args)
         self.server.engine = self.engine = mm.Engine(self.model, self.args.max_batch, self.args.max_queue)
         self.engine.start()
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True)
@@ -80,7 +81,7 @@ class Running:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
-        self.engine.end()
+        assert self.engine.end(60)
 
     def raw(self, text, patience=10):
         """Bytes to the server -> all that it answers until it closes, or falls silent."""
@@ -268,6 +269,18 @@ def test_stable_diffusion(flags, folder, monkeypatch):
     assert np.abs(together[2] - together[0]).max() > 3
 
 
+@SD
+def test_more_steps_than_a_diffusion_has_levels(folder, monkeypatch):
+    """At 1,000 steps one of them would have no length, and the picture be no number."""
+    monkeypatch.setattr(mm.SDModel, "size", 64)
+    with another("--ckpt", folder, "--max_steps", 2000) as server:
+        for steps in (1000, 1001, 2000):
+            status, _, answer = server.ask(prompt="a cat", num_inference_steps=steps)
+            assert status == 400 and answer["error"]["param"] == "num_inference_steps"
+        model = server.model
+        assert all(a > b for steps in (1, 2, 500, 900) for times in [model.times(steps, 64, 64)] for a, b in zip(times, times[1:]))
+
+
 @pytest.mark.parametrize("script, flags, asked", [
     ("latent_dit", [], {}), ("latent_dit", ["--no-class_cond"], {}), ("latent_dit", ["--cfg_scale", 3], dict(guidance_scale=3)),
     ("latent_dit", ["--size", 48], dict(size="48x48")), ("cfm_images", [], {}), ("cfm_images", ["--no-class_cond"], {}),
@@ -367,9 +380,11 @@ def test_openais_client(client, server):
     drawn = server.draw("a cat", seed=5, num_inference_steps=4, n=2)
     assert len(answer.data) == 2 and abs(answer.created - time.time()) < 60
     assert all(np.array_equal(pixels(entry.b64_json), picture) for entry, picture in zip(answer.data, drawn))
+    assert server.ask("/v1/models/te%78t2img")[2]["id"] == "text2img"
     url = client.images.generate(prompt="a cat", response_format="url", output_format="jpeg", extra_body=dict(seed=5)).data[0].url
     assert re.search(r"/v1/images/files/[\w-]{20,}\.jpeg$", url), "cannot be guessed"
     with urllib.request.urlopen(url) as answer:
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin", "a page of another server can show it"
         assert answer.headers["Content-Type"] == "image/jpeg" and Image.open(io.BytesIO(answer.read())).size == (32, 32)
     assert [model.id for model in client.models.list()] == ["text2img"] == [client.models.retrieve("text2img").id]
 
@@ -395,6 +410,22 @@ def test_openais_client_streams(client, server):
     errors = [np.abs(picture - last).mean() for picture in partial]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1] > 0, "nearer and nearer"
     assert np.array_equal(last, server.draw(seed=5, num_inference_steps=8)[0])
+
+
+def test_partial_images_are_numbered_for_each_picture(server):
+    text = server.ask(prompt="a cat", n=2, stream=True, partial_images=2, num_inference_steps=6)[2].decode()
+    events = [json.loads(part.partition("data: ")[2]) for part in text.split("\n\n") if "partial_image\n" in part]
+    assert sorted((e["image_index"], e["partial_image_index"]) for e in events) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_openais_client_does_not_repeat_what_took_too_long(home):
+    """By itself it would send the same work three times."""
+    openai = pytest.importorskip("openai")
+    with another("--deadline", 0.4) as server, pytest.raises(openai.InternalServerError) as e:
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").images.generate(
+            prompt="a cat", n=8, extra_body=dict(num_inference_steps=250))
+    assert e.value.status_code == 504
+    assert sum(n for (path, _), n in server.server.counted.items() if path.endswith("generations")) == 1
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
@@ -497,7 +528,8 @@ SMUGGLED = {
     "hexadecimal": post(GOOD, length=hex(len(GOOD))), "negative": post(GOOD, length=-1),
     "a list of lengths": post(GOOD, length=f"{len(GOOD)}, {len(GOOD)}"), "a space": post(GOOD, "Content-Length : 5"),
     "folded": post(GOOD, "X-A: b", " Content-Length: 5", "Transfer-Encoding:\tchunked"),
-    "no colon": post(GOOD, "Content-Length 5"), "huge": post(GOOD, length=10 ** 13)}
+    "no colon": post(GOOD, "Content-Length 5"), "huge": post(GOOD, length=10 ** 13),
+    "a lone CR, chunked": post(GOOD, "X: a\r\r", "Transfer-Encoding: chunked")}
 
 
 @pytest.mark.parametrize("case", SMUGGLED)
@@ -506,6 +538,19 @@ def test_smuggling(case, server):
     answer = server.raw(SMUGGLED[case] + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 413")), answer[:300]
     assert answer.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in answer
+
+
+def test_a_lone_cr_hides_no_header(server):
+    """RFC 9112 2.2: it is no end of a line."""
+    hidden = "GET / HTTP/1.1\r\nHost: localhost\r\nX: a\rContent-Length: 44\r\n\r\n".encode()
+    answer = server.raw(hidden + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200") == 2, "the second request is no body of the first"
+    answer = server.raw(b"GET /healthz HTTP/1.1\r\nX: a\r\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 403") and answer.count(b"HTTP/1.1 ") == 1
+    body = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    text = post(body, "X: a\r").replace(b"Connection: close\r\n", b"")
+    answer = server.raw(text + b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 ") == 2 and answer.startswith(b"HTTP/1.1 400") and b'"ready"' in answer
 
 
 def test_other_requests(server):
@@ -519,6 +564,8 @@ def test_other_requests(server):
         answer = server.raw(text + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert int(answer.split(b" ", 2)[1]) == status, (text[:50], answer[:200])
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        if status == 405:
+            assert re.search(rb"\r\nAllow: (GET|POST)", answer) and b'"code": null' in answer
     assert server.raw(post(GOOD).replace(b"application/json", b"text/plain")).startswith(b"HTTP/1.1 415")
     assert server.raw(post(GOOD).replace(b"localhost", b"evil.example")).startswith(b"HTTP/1.1 403")
     assert server.raw(post(b" " * (mm.MAX_BODY + 1))).startswith(b"HTTP/1.1 413")
@@ -543,12 +590,16 @@ def test_what_a_server_tells_of_itself(server):
     _, headers, answer = server.ask("/openapi.json", headers={"X-Request-Id": "my-1"})
     assert headers["X-Request-Id"] == "my-1" and headers["X-Content-Type-Options"] == "nosniff"
     fields = answer["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert re.search(fields["size"]["pattern"], "32x48") and not re.search(fields["size"]["pattern"], "xauto 9")
+    assert "/v1/models/{name}" in answer["paths"] and "components" not in answer
+    server.raw(b"PUT / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert fields["n"]["maximum"] == 8 and "red" in fields["lora"]["description"]
     server.draw(n=2, num_inference_steps=3)
     text = server.ask("/metrics")[2].decode()
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(found["serve_pictures_total"]) >= 2 and float(found["serve_picture_steps_total"]) >= 6
     assert float(found['serve_requests_total{path="/v1/images/generations",status="200"}']) >= 1
+    assert float(found['serve_requests_total{path="/",status="405"}']) >= 1
     assert all(re.fullmatch(r'serve_\w+(\{path="[\w/.]+"(,status="\d+")?\})?', name) for name in found)
 
 
@@ -624,7 +675,8 @@ def test_too_many_clients(home):
     with another("--connections", 2) as server:
         held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
         time.sleep(0.2)
-        assert server.raw(b"").startswith(b"HTTP/1.1 503")
+        answer = server.raw(post(GOOD))
+        assert answer.startswith(b"HTTP/1.1 503") and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
         for s in held:
             s.close()
         server.until(lambda: server.raw(b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200"))
@@ -658,16 +710,80 @@ def test_what_fails_ends_its_own_request_alone(error, status, server, monkeypatc
     assert len(other) == 1 and server.draw(num_inference_steps=1).shape == (1, 32, 32, 3)
 
 
-def test_a_key(home, monkeypatch):
-    monkeypatch.setenv("SERVE_API_KEY", "schlüssel")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_is_no_number_is_no_picture(steps, server, monkeypatch):
+    """It would be black. Pictures beside it are drawn."""
+    derivative = server.model.derivative
+
+    def fails(z, *more):
+        return derivative(z, *more) * (torch.nan if z.shape[-1] == 6 else 1)
+    monkeypatch.setattr(server.model, "derivative", fails)
+    status, _, answer = server.ask(prompt="a cat", size="48x48", num_inference_steps=steps)
+    assert status == 500 and "no number" in answer["error"]["message"]
+    assert server.draw(num_inference_steps=steps).std() > 5
+
+
+def test_a_device_that_has_failed_for_good_ends_the_engine(home, monkeypatch, capsys):
     with another() as server:
-        for told, status in (({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "schlüssel"}, 401),
-                             ({"Authorization": "Bearer "}, 401), ({"Authorization": "Bearer schlüssel".encode()}, 200)):
+        def fails(*more, **how):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        monkeypatch.setattr(server.model, "derivative", fails)
+        monkeypatch.setattr(mm.torch, "zeros", fails)
+        assert server.ask(prompt="a cat")[0] == 500
+        server.until(lambda: not server.engine.is_alive())
+        assert server.ask("/healthz")[0] == 500 and server.ask("/readyz")[0] == 503
+        status, headers, answer = server.ask(prompt="a cat")
+        assert status == 503 and "illegal memory access" in answer["error"]["message"]
+
+
+def test_what_failed_is_no_step(server, monkeypatch):
+    before = dict(server.engine.counted)
+    monkeypatch.setattr(server.model, "derivative", lambda *more: 1 / 0)
+    assert server.ask(prompt="a cat")[0] == 500
+    assert dict(server.engine.counted) == before
+
+
+def test_a_client_that_waits_before_it_asks(server, monkeypatch):
+    """The time for a request to come counts from its first byte."""
+    monkeypatch.setattr(mm, "READ_SECONDS", 1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
+        for _ in range(2):
+            time.sleep(0.7)
+            head, _, body = post(GOOD).replace(b"Connection: close", b"X: y").partition(b"\r\n\r\n")
+            s.sendall(head + b"\r\n\r\n")
+            time.sleep(0.6)
+            s.sendall(body)
+            answer = http.client.HTTPResponse(s)
+            answer.begin()
+            assert answer.status == 200 and answer.read()
+
+
+def test_a_step_that_does_not_end(server, monkeypatch):
+    """end() waits no longer than it is told."""
+    go, derivative = threading.Event(), server.model.derivative
+    monkeypatch.setattr(server.model, "derivative", lambda *more: go.wait(20) and derivative(*more))
+    drawing = threading.Thread(target=server.draw, kwargs=dict(num_inference_steps=1))
+    drawing.start()
+    server.until(lambda: server.engine.pictures)
+    began = time.monotonic()
+    assert server.engine.end(0.3) is False and time.monotonic() - began < 2
+    server.engine.ending = False
+    go.set()
+    drawing.join()
+
+
+def test_a_key(home, monkeypatch):
+    monkeypatch.setenv("SERVE_API_KEY", "a key")
+    with another() as server:
+        for told, status in (({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "a key"}, 401),
+                             ({"Authorization": "Bearer "}, 401), ({"Authorization": "Bearer a key"}, 200)):
             for path in ("/v1/models", "/v1/models/text2img", "/metrics", "/openapi.json"):
                 got, headers, answer = server.ask(path, headers=told)
                 assert got == status, (told, answer)
                 if got == 401:
                     assert answer["error"]["code"] == "invalid_api_key" and headers["WWW-Authenticate"] == "Bearer"
+                else:
+                    assert path != "/openapi.json" or answer["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
         assert server.ask(prompt="a")[0] == 401
         assert all(server.ask(path)[0] == 200 for path in ("/", "/healthz", "/readyz"))
 
@@ -683,9 +799,14 @@ def test_too_large_a_batch_is_tried_again_in_parts(server, monkeypatch):
         return derivative(z, *more)
     monkeypatch.setattr(server.model, "derivative", small)
     pictures = server.draw(n=4, seed=3, num_inference_steps=3, guidance_scale=1)
-    server.engine.most.clear()
-    monkeypatch.undo()
     assert max(sizes) == 4 and sizes.count(4) == 1
+    assert 2 < server.engine.fits[server.model.shape(32, 32)] < 2.3, "and by and by it tries more again"
+    server.engine.fits[server.model.shape(32, 32)] = 1.99
+    sizes.clear()
+    server.draw(n=4, num_inference_steps=2, guidance_scale=1)
+    assert sizes[:2] == [1, 2], "what took the memory may have gone"
+    server.engine.fits.clear()
+    monkeypatch.undo()
     assert np.abs(pictures - server.draw(n=4, seed=3, num_inference_steps=3, guidance_scale=1)).max() <= 1
 
 
@@ -783,7 +904,8 @@ def test_what_cannot_be_served(home, tmp_path, monkeypatch, capsys):
     assert run("--host", "203.0.113.1", "--port", 0, "--public") == 1 and "203.0.113.1" in said()
     assert run("--port", 0, "--max_size", 16) == 2 and "--max_size 16" in said()
     for flags, word in ((["--host", "0.0.0.0"], "SERVE_API_KEY"), (["--max_queue", "4"], "--max_n 8"), (["--port", "70000"], "--port"), (["--max_n", "0"], "--max_n"),
-                        (["--deadline", "0"], "--deadline")):
+                        (["--deadline", "0"], "--deadline"),
+                        (["--deadline", "1e12"], "--deadline"), (["--api_key", "schlüssel"], "ASCII")):
         with pytest.raises(SystemExit) as e:
             run(*flags)
         assert e.value.code == 2 and word in said()
@@ -878,6 +1000,38 @@ def test_the_page_draws(browser, server):
     assert browser.js("document.getElementById('prompt').offsetWidth > 0.9 * document.getElementById('form').offsetWidth")
     assert browser.js("document.querySelector('figure a').download").startswith("a_cat_s_hat_5")
     assert not browser.complaints, "no error, and nothing that the Content-Security-Policy forbids"
+
+
+def test_the_page_waits_for_the_model(browser, server):
+    """Opened too early, it says so and goes on by itself; where nobody answers, it says that."""
+    engine, server.server.engine = server.server.engine, None
+    browser.open(server.url)
+    browser.until(f"{SAYS}.includes('being read')")
+    browser.complaints.clear()  # Chromium notes the 503
+    server.server.engine = engine
+    browser.until(f"{SAYS} == 'Ready.'")
+    browser.js("fetch = async () => { throw new TypeError('Failed to fetch') }; begin()")
+    browser.until(f"{SAYS} == 'The server does not answer.'")
+    browser.js("fetch = async () => new Response('<html>', {status: 502, statusText: 'Bad Gateway'}); begin()")
+    browser.until(f"{SAYS} == '502 Bad Gateway'")
+
+
+def test_the_page_of_a_model_that_is_told_nothing(browser, tmp_path, monkeypatch):
+    import ddpm_images
+    monkeypatch.chdir(tmp_path)
+    assert ddpm_images.main("--smoke --data drawn_faces --out out/x --device cpu --dtype fp32".split()) == 0
+    with another("--ckpt", "out/x/model.safetensors") as server:
+        browser.open(server.url)
+        browser.until(f"{SAYS} == 'Ready.'")
+        assert browser.js("document.getElementById('prompt').offsetWidth") == 0
+        assert browser.js("document.querySelectorAll('#examples button').length") == 0
+        assert browser.js("document.activeElement.id") == "go"
+        browser.js("document.getElementById('num_inference_steps').value = 2")
+        browser.key("Enter", 13)
+        browser.until(f"{SAYS} == 'Done.'")
+        assert browser.js("document.images.length") == 1
+    with pytest.raises(mm.Stop, match="--quant"):
+        mm.open_model(mm.parse_args(["--ckpt", "out/x/model.safetensors", "--quant", "nf4"]))
 
 
 def test_copy_as_curl(browser, server):
