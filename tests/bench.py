@@ -3,7 +3,7 @@
     make bench                           # all parts; judges out/ddpm_images/model.safetensors when that exists
     python tests/bench.py --parts plane  # ddpm_2d.py in the protocol of a course that many have taken; five minutes
     python tests/bench.py --parts flow   # cfm_2d.py in the protocol of a paper, and beside torchcfm; half an hour
-    python tests/bench.py --parts step   # a training step beside denoising-diffusion-pytorch and torchcfm; some minutes
+    python tests/bench.py --parts step   # a training step beside three other networks; some minutes
     python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
     python tests/bench.py --parts quality --pictures some/folder
     python tests/bench.py --parts prompts    # how often text2img.py draws what it is told
@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -72,11 +73,11 @@ def table(head, rows):
 # Part step: one training step beside a peer of the same size of parameters, pictures and batch. Each does what its own
 # trainer does: noise and t, forward, backward, clipping, optimizer, EMA. Loading the pictures is left out for both.
 
-DDP, CFM = "denoising-diffusion-pytorch", "torchcfm"
+DDP, CFM, HF = "denoising-diffusion-pytorch", "torchcfm", "diffusers"
+HALF = "--size 32 --patch 1 --min_snr 0 --mults 2,4,4,5 --width 32 --blocks 2 --attn 16 --dropout 0.1 "
 CASES = {  # ours, its flags, the peer
     "64x64": (d, "--patch 4", DDP), "32x32": (d, "--patch 1 --size 32", DDP),
-    "CIFAR-10": (cfm_images, "--size 32 --patch 1 --pred v --min_snr 0 --mults 2,4,4,5 --width 32 --blocks 2 --attn 16 "
-                 "--dropout 0.1", CFM)}
+    "CIFAR-10, flow": (cfm_images, HALF + "--pred v", CFM), "CIFAR-10, DDPM": (d, HALF + "--pred eps", HF)}
 
 
 def count(model):
@@ -104,6 +105,13 @@ def build(who, case, setting, device):
         model = UNetModelWrapper(dim=(3, 32, 32), num_res_blocks=2, num_channels=64, channel_mult=[1, 2, 2, 2],
                                  num_heads=4, num_head_channels=64, attention_resolutions="16", dropout=0.1)
         about = "num_channels=64"
+    elif who == HF:   # google/ddpm-cifar10-32, half as wide
+        import diffusers
+        model = diffusers.UNet2DModel(
+            sample_size=32, block_out_channels=[64, 128, 128, 128], layers_per_block=2, dropout=0.1,
+            down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], attention_head_dim=None)
+        about = "block_out_channels=[64, 128, 128, 128]"
     model, x0, average = model.to(device, memory_format=layout), 2 * x - 1, None
     if who == DDP:    # as in its Trainer
         opt, ema = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99)), EMA(model, beta=0.995, update_every=10)
@@ -115,6 +123,14 @@ def build(who, case, setting, device):
         def loss_of():
             t, xt, u = matcher.sample_location_and_conditional_flow(torch.randn_like(x0), x0)
             return F.mse_loss(model(t, xt), u)
+    elif who == HF:   # as in its train_unconditional.py
+        from diffusers.training_utils import EMAModel
+        noising, opt = diffusers.DDPMScheduler(), torch.optim.AdamW(model.parameters(), 1e-4, (0.95, 0.999), weight_decay=1e-6)
+        average = functools.partial(EMAModel(model.parameters(), use_ema_warmup=True).step, model.parameters())
+
+        def loss_of():
+            eps, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=device)
+            return F.mse_loss(model(noising.add_noise(x0, eps, t), t).sample, eps)
     else:             # as in train()
         opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
         alpha_bar = d.make_alpha_bar("cosine")
@@ -1131,7 +1147,62 @@ def serve_costs(args, ckpt):
                    ", ".join(f"{before[int(k * (len(before) - 1))]:.0f} MB" for k in (0, 0.5, 1))]])
 
 
+def random_stable_diffusion(folder, device):
+    """Stable Diffusion 1.5 with random weights, on a CPU a fifth as wide, into `folder` -> diffusers' pipeline of it."""
+    import diffusers
+    from test_text2img import write_vocabulary
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    torch.manual_seed(0)
+    vocab, wide = write_vocabulary(folder / "words"), 5 if device == "cuda" else 1
+    text = CLIPTextConfig(vocab_size=vocab, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                          num_attention_heads=12, projection_dim=768, bos_token_id=0, eos_token_id=2, pad_token_id=1)
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel(**SD, block_out_channels=[64 * wide, 128 * wide, 256 * wide, 256 * wide]),
+        vae=diffusers.AutoencoderKL(
+            latent_channels=4, layers_per_block=2, norm_num_groups=32, down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[128, 256, 512, 512] if device == "cuda" else [32, 64, 128, 128]),
+        text_encoder=CLIPTextModel(text), tokenizer=CLIPTokenizer.from_pretrained(folder / "words"), safety_checker=None,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"),
+        feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(folder / "sd")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / "words" / name, folder / "sd/tokenizer")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, torch.bfloat16) if device == "cuda" else pipe
+
+
+def serve_pipeline(args):
+    """Pictures a second of the server, and of diffusers' pipeline in a loop, as the simplest server would call it."""
+    side, steps = (512, 30) if args.device == "cuda" else (256, 10)
+    told, speeds = dict(size=f"{side}x{side}", num_inference_steps=steps), collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = random_stable_diffusion(Path(folder), args.device)
+
+        def call(prompts):
+            pipe(prompts, num_inference_steps=steps, guidance_scale=7.5, height=side, width=side)
+        with Clients(Path(folder, "sd"), args.device, *["--compile"] * (args.device == "cuda")) as server:
+            server.load(16, 16, **told)
+            call(PROMPTS[:1])
+            for _ in range(min(3, args.rounds)):  # in turns
+                for clients in (1, 16):
+                    speeds[clients].append(server.load(clients, max(4, clients), **told)[1])
+                took = seconds(lambda: call(PROMPTS[:1]), args.device, 4)
+                speeds["one by one"].append(1 / took)
+                speeds["16 in one call"].append(16 / seconds(lambda: call(PROMPTS * 4), args.device))
+    rows = []
+    for clients, peer in ((1, "one by one"), (16, "one by one"), (16, "16 in one call")):
+        ratios = [a / b for a, b in zip(speeds[clients], speeds[peer])]
+        rows.append([f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", str(clients), peer,
+                     *(f"{statistics.median(speeds[k]):.2f} images/s" for k in (clients, peer))])
+    print(f"## Stable Diffusion 1.5{'' if args.device == 'cuda' else ', a fifth as wide'}, random weights, {side} pixels, "
+          f"{steps} guided steps of DPM-Solver++\n\n{machine(args.device)}; medians (and range) of alternating rounds")
+    table(["speed, ours / diffusers", "clients of serve.py", "diffusers' pipeline", "serve.py", "diffusers"], rows)
+
+
 def part_serve(args):
+    serve_pipeline(args)
     ckpt = Path("out/text2img/model.safetensors")
     if ckpt.exists():
         serve_load(args, ckpt)

@@ -338,6 +338,35 @@ def test_readme_names_what_exists():
     assert wrong == [], "the README names what does not exist, or what git ignores"
 
 
+def lines():
+    """{script: (lines, those that stand in no script before it)}"""
+    seen, found = set(), {}
+    for script in SCRIPTS:
+        texts = {text for _, text in blocks(ROOT / script).values()}
+        n = len(read(script).splitlines())
+        found[script] = n, n - sum(len(text.splitlines()) for text in texts & seen)
+        seen |= texts
+    return found
+
+
+def test_readme_counts_lines():
+    rows = dict(re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| ([^|]+) \|", read("README.md"), re.M))
+    assert rows == {script: f"{n:,} ({new:,})" for script, (n, new) in lines().items()}
+
+
+def test_the_course_says_where_it_stands():
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(#\w+\) \|.*\|([^|]+)\|$", read("README.md"), re.M)
+    assert [script for script, _ in rows] == NINE
+    assert [(script, name) for script, names in rows for name in re.findall(r"`(\w+)`", names)
+            if name not in blocks(ROOT / script)] == []
+
+
+def test_readme_anchors():
+    heads = re.findall(r"^#+ (.+)$", readme_code()[2], re.M)
+    known = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+    assert [a for a in re.findall(r"\]\(#([^)]+)\)", read("README.md")) if a not in known] == []
+
+
 # The checkout
 
 
