@@ -314,9 +314,10 @@ class Engine(threading.Thread):
 class Model:
     """What the engine needs to know of a model. size and unit: pixels a side in training, and what sides are multiples
     of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; multistep: whether
-    steps look back, as DPM-Solver++ does; grows: how many times as large pictures may be; parts: what LoRAs can be put
-    into, by name; network: what gives d."""
-    cfg_interval, multistep, classes, grows = (0, math.inf), False, (), 2
+    steps look back, as DPM-Solver++ does; max_growth: how many times as large pictures may be; parts: what LoRAs can be
+    put into, by name; network: what gives d. Each kind adds shape() of z and times() of a picture, check_text(), which
+    says what is wrong with a text, and read(), which makes tensors of it."""
+    cfg_interval, multistep, classes, max_growth = (0, math.inf), False, (), 2
 
     def __init__(self, name, file, args):
         self.name, self.created, self.args = name, int(file.stat().st_mtime), args
@@ -399,7 +400,7 @@ class Model:
         """What the network is told for the time t."""
         return t
 
-    def ask(self, z, timesteps, text):
+    def call_network(self, z, timesteps, text):
         """What the network says. Compiled, it is for each size of batch anew, and so sees 1, 2, 4, 8 ... alone: what is
         missing is filled with the last picture. Pictures of another size or with a LoRA do without, lest all wait."""
         n, network = len(z), self.network
@@ -409,15 +410,15 @@ class Model:
         elif self.args.compile:
             network = self.network.forward
         with self.amp():
-            return network(z, timesteps, *self.told(text))[:n].float()
+            return network(z, timesteps, *self.network_args(text))[:n].float()
 
-    def told(self, text):
+    def network_args(self, text):
         """The arguments that a text is to the network."""
         return [text]
 
     def derivative(self, z, t, timesteps, text):
         """z (B, C, h, w), t (B, 1, 1, 1), timesteps (B,) and what the network is told -> d of z = x0 + t d."""
-        return self.ask(z, timesteps, text)
+        return self.call_network(z, timesteps, text)
 
     @torch.no_grad()
     def decode(self, z):
@@ -511,7 +512,7 @@ class TextModel(Model):
     def times(self, steps, width, height):
         return time_grid(steps, self.shift * max(1, max(width, height) / self.size))
 
-    def wrong(self, text):
+    def check_text(self, text):
         return too_long(text, self.reader.tokenise, self.reader.length)
 
     def read(self, text):
@@ -568,7 +569,7 @@ class SDModel(Model):
     def init_noise_sigma(self, t):
         return math.sqrt(1 + t * t)
 
-    def wrong(self, text):
+    def check_text(self, text):
         return too_long(text, self.prompts.bpe, self.prompts.tower.length)
 
     def read(self, text):
@@ -579,7 +580,7 @@ class SDModel(Model):
 
     def derivative(self, z, t, timesteps, text):
         xt = z / (1 + t ** 2).sqrt()
-        out = self.ask(xt, timesteps, text)
+        out = self.call_network(xt, timesteps, text)
         return (xt * t + out) / (1 + t ** 2).sqrt() if self.v_prediction else out
 
     @torch.no_grad()
@@ -603,7 +604,7 @@ class ClassModel(Model):
         self.examples = self.classes or [""]
         return tensors, saved, about
 
-    def wrong(self, text):
+    def check_text(self, text):
         if not self.classes and text:
             return "has to be empty: this model is told nothing"
         names = [*self.classes, *map(str, range(len(self.classes))), ""]
@@ -615,7 +616,7 @@ class ClassModel(Model):
         y = self.classes.index(text) if text in self.classes else int(text or len(self.classes))     # none: the last
         return [torch.tensor([y], device=self.device)]
 
-    def told(self, text):
+    def network_args(self, text):
         return text
 
 
@@ -642,7 +643,7 @@ class LatentModel(ClassModel):
 class PixelModel(ClassModel):
     """A model.safetensors of cfm_images.py, a flow of pixels, or of ddpm_images.py, a diffusion: with DPM-Solver++, in
     z and sigma as SDModel, and with x0 kept to the range of pictures, as ddpm_images.py keeps it."""
-    kind, grows = "pixels", 1
+    kind, max_growth = "pixels", 1
 
     def __init__(self, path, args, script):
         super().__init__(path.resolve().parent.name, path, args)
@@ -677,9 +678,9 @@ class PixelModel(ClassModel):
 
     def derivative(self, z, t, timesteps, text):
         if self.sigmas is None:
-            return self.ask(z, timesteps, text)
+            return self.call_network(z, timesteps, text)
         xt = z / (1 + t ** 2).sqrt()
-        return (z - to_x0(self.ask(xt, timesteps, text), xt, 1 / (1 + t ** 2), self.pred)) / t
+        return (z - to_x0(self.call_network(xt, timesteps, text), xt, 1 / (1 + t ** 2), self.pred)) / t
 
     def clip(self, x0):
         return x0 if self.sigmas is None else x0.clamp(-1, 1)
@@ -807,7 +808,7 @@ def make_job(asked, model, fields):
             asked[name].encode()
         except UnicodeEncodeError:
             raise Refused(400, f"{name} is not Unicode: it has half of a surrogate pair", name, "invalid_value")
-        if wrong := model.wrong(asked[name]):
+        if wrong := model.check_text(asked[name]):
             raise Refused(400, f"{name} {wrong}", name, "invalid_value")
     width, height = [model.size] * 2 if asked["size"] == "auto" else map(int, asked["size"].split("x"))
     if width % model.unit or height % model.unit or max(width, height) > model.max_size:
@@ -3030,7 +3031,7 @@ def open_model(args):
             raise Stop(f"{name} does not describe its model: {e!r}; has it been edited?")
     else:
         model = SDModel(name, args)
-    model.max_size = args.max_size or model.grows * model.size
+    model.max_size = args.max_size or model.max_growth * model.size
     if model.max_size < model.size:
         raise Stop(f"--max_size {args.max_size} is less than the model draws, {model.size}")
     if args.lora_dir and not Path(args.lora_dir).is_dir():
