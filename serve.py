@@ -142,7 +142,7 @@ class Job:
 
     def __init__(self, asked, cfg_scale, partial_at):
         self.asked, self.cfg_scale, self.partial_at = asked, cfg_scale, partial_at
-        self.pictures, self.text, self.txt_null = [], None, None
+        self.pictures, self.text, self.text_null = [], None, None
         self.news, self.over, self.id = queue.SimpleQueue(), False, None
         self.began, self.started = time.monotonic(), None
 
@@ -172,14 +172,14 @@ class Picture:
 @torch.no_grad()
 def step(model, pictures):
     """The next step of pictures of one group -> the estimate of x0 of each. Those that are guided are in the batch
-    twice, told their text and txt_null (2207.12598); outside an interval of t guidance is left out (2404.07724)."""
+    twice, told their text and text_null (2207.12598); outside an interval of t guidance is left out (2404.07724)."""
     timesteps = torch.tensor([model.timestep(p.times[p.k]) for p in pictures], device=model.device)
     t, s = (torch.tensor([p.times[p.k + i] for p in pictures], device=model.device).view(-1, 1, 1, 1) for i in (0, 1))
     z = torch.stack([p.z for p in pictures])                                     # (B, C, h, w)
     first, last = model.cfg_interval
     guided = [i for i, p in enumerate(pictures) if p.job.cfg_scale != 1
               and first - 1e-6 <= p.times[p.k] <= last + 1e-6]
-    texts = [p.job.text for p in pictures] + [pictures[i].job.txt_null for i in guided]
+    texts = [p.job.text for p in pictures] + [pictures[i].job.text_null for i in guided]
     text = [torch.cat(parts) for parts in zip(*texts)]                           # (B + guided, ...) each
     d = model.derivative(*(torch.cat([a, a[guided]]) for a in (z, t, timesteps)), text)
     d, uncond = d.split([len(pictures), len(guided)])
@@ -371,8 +371,8 @@ class Model:
         with self.amp(), torch.no_grad():
             if job.text is None:
                 job.text = self.read(job.asked["prompt"])
-            if job.txt_null is None and job.cfg_scale != 1:
-                job.txt_null = self.read(job.asked.get("negative_prompt", ""))
+            if job.text_null is None and job.cfg_scale != 1:
+                job.text_null = self.read(job.asked.get("negative_prompt", ""))
         picture.z = noise * self.init_noise_sigma(picture.times[0])
 
     def init_noise_sigma(self, t):
