@@ -25,6 +25,7 @@ import hmac
 import http.client
 import http.server
 import io
+import ipaddress
 import json
 import math
 import mmap
@@ -120,7 +121,7 @@ def check(args, error):
     args.api_key = args.api_key or os.environ.get("SERVE_API_KEY") or None
     if args.api_key and not args.api_key.isascii():  # which clients send in one encoding or the other
         error("the API key has to be of ASCII letters, digits and signs")
-    if args.host not in LOOPBACK and not args.api_key and not args.public:
+    if not is_loopback(args.host) and not args.api_key and not args.public:
         error(f"--host {args.host} lets others in: set SERVE_API_KEY, or say --public if all may use it")
 
 # -----------------------------------------------------------------------------
@@ -723,7 +724,8 @@ def fields_of(model, args):
         model=dict(type="string", enum=[model.name]),
         n=dict(type="integer", minimum=1, maximum=args.max_n, default=1, description="how many pictures"),
         size=dict(type="string", pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", default="auto",
-                  description=f"width x height in pixels, multiples of {model.unit}; auto: {model.size}x{model.size}"),
+                  description=f"auto or like {model.size}x{model.size}, which is what auto means: width x height in "
+                              f"pixels, multiples of {model.unit}"),
         seed=dict(type="integer", minimum=0, maximum=2 ** 53 - 1,
                   description="seed of the first picture, the next has the next; random unless given"),
         num_inference_steps=dict(type="integer", minimum=1, maximum=args.max_steps,
@@ -731,7 +733,7 @@ def fields_of(model, args):
                                  description="steps from noise to data"),
         guidance_scale=dict(type="number", minimum=0, maximum=100, default=model.cfg_scale,
                             description="strength of classifier-free guidance; 1: off, which halves the work"),
-        lora=dict(anyOf=[dict(type="string"), dict(type="array")],
+        lora=dict(anyOf=[dict(type="string"), dict(type="object"), dict(type="array")],
                   description='a LoRA\'s name, or several, as "name" or {"name": ..., "weight": 0.8}; there are: '
                               + (", ".join(model.loras) or "none")),
         response_format=dict(type="string", enum=["b64_json", "url"], default="b64_json"),
@@ -739,24 +741,27 @@ def fields_of(model, args):
         output_compression=dict(type="integer", minimum=0, maximum=100, default=90,
                                 description="quality of jpeg and webp, in percent"),
         background=dict(type="string", enum=["auto", "opaque"], default="auto"),
-        stream=dict(type="boolean", default=False, description="progress and pictures as server-sent events"),
+        stream=dict(type="boolean", default=False, description="pictures as server-sent events"),
         partial_images=dict(type="integer", minimum=0, maximum=8, default=0,
-                            description="with stream: how many pictures to send on the way"))
+                            description="with stream: how many pictures to send on the way"),
+        progress=dict(type="boolean", default=False, description="with stream: an event for each step, too; "
+                      "OpenAI's clients take it for a partial image without a picture"))
     if not model.classes:
         del fields["class_label"]
     if isinstance(model, ClassModel):
         del fields["negative_prompt"]
+        fields["prompt"]["default"] = ""
     if not model.guidance:
         del fields["guidance_scale"]
     return fields | {name: dict(description="taken for the sake of clients, without effect") for name in IGNORED}
 
 
-def check_value(name, value, schema):
+def check_value(name, value, schema, called=None):
     """Raises Refused unless a value is as its JSON schema says, of which it knows what fields_of() has."""
     def wrong(sentence):
-        raise Refused(400, f"{name} {sentence}", name, "invalid_value")
+        raise Refused(400, f"{called or name} {sentence}", name, "invalid_value")
     kinds = dict(string=(str, "text"), integer=(int, "a whole number"), number=((int, float), "a number"),
-                 boolean=(bool, "true or false"), array=(list, "a list"))
+                 boolean=(bool, "true or false"), array=(list, "a list"), object=(dict, "an object"))
     types = [kinds[s["type"]] for s in schema.get("anyOf", [schema] * ("type" in schema))]
     if types and not any(isinstance(value, t) and isinstance(value, bool) == (t is bool) for t, _ in types):
         wrong("has to be " + " or ".join(words for _, words in types))
@@ -770,7 +775,7 @@ def check_value(name, value, schema):
     if "maxLength" in schema and len(value) > schema["maxLength"]:
         wrong(f"has {len(value)} characters, and {schema['maxLength']} is the most")
     if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
-        wrong("has to be auto or like 512x512")
+        wrong("has to be " + schema["description"])
 
 
 def parse_json(body):
@@ -780,7 +785,8 @@ def parse_json(body):
     try:
         asked = json.loads(body.decode("utf-8"), parse_constant=no_constant)
     except (ValueError, RecursionError) as e:
-        raise Refused(400, f"the body is not JSON in UTF-8: {str(e)[:100]}", code="invalid_json")
+        why = "it is nested too deeply" if isinstance(e, RecursionError) else str(e).partition(";")[0]
+        raise Refused(400, f"the body is not JSON in UTF-8: {why[:100]}", code="invalid_json")
     if not isinstance(asked, dict):
         raise Refused(400, "the body has to be a JSON object, such as {\"prompt\": \"...\"}", code="invalid_json")
     return asked
@@ -798,33 +804,42 @@ def make_job(asked, model, fields):
         if asked.get("prompt"):
             raise Refused(400, "class_label and prompt say the same: one of them", "class_label", "invalid_value")
         asked["prompt"] = str(asked["class_label"])
-    if "prompt" not in asked:
-        raise Refused(400, "prompt is missing", "prompt", "missing_required_parameter")
+    for name in ("partial_images", "progress"):
+        if asked.get(name) and not asked.get("stream"):
+            raise Refused(400, f"{name} is for stream", name, "invalid_value")
     if asked.get("stream") and asked.get("response_format") == "url":
         raise Refused(400, "response_format has to be b64_json with stream", "response_format", "invalid_value")
     asked = {name: schema["default"] for name, schema in fields.items() if "default" in schema} | asked
+    if "prompt" not in asked:
+        raise Refused(400, "prompt is missing", "prompt", "missing_required_parameter")
     for name in [name for name in ("prompt", "negative_prompt") if name in fields]:
+        param = "class_label" if name == "prompt" and "class_label" in asked else name
         try:
             asked[name].encode()
         except UnicodeEncodeError:
-            raise Refused(400, f"{name} is not Unicode: it has half of a surrogate pair", name, "invalid_value")
+            raise Refused(400, f"{param} is not Unicode: it has half of a surrogate pair", param, "invalid_value")
         if wrong := model.check_text(asked[name]):
-            raise Refused(400, f"{name} {wrong}", name, "invalid_value")
+            raise Refused(400, f"{param} {wrong}", param, "invalid_value")
     width, height = [model.size] * 2 if asked["size"] == "auto" else map(int, asked["size"].split("x"))
     if width % model.unit or height % model.unit or max(width, height) > model.max_size:
         raise Refused(400, f"the sides of size have to be multiples of {model.unit}, and at most {model.max_size}",
                       "size", "invalid_value")
     lora = []
     named = asked.get("lora", [])
-    if isinstance(named, list) and len(named) > 8:
+    named = named if isinstance(named, list) else [named]
+    if len(named) > 8:
         raise Refused(400, "lora has more than 8 entries", "lora", "invalid_value")
-    for entry in named if isinstance(named, list) else [named]:
-        name, weight = (entry.get("name"), entry.get("weight", 1)) if isinstance(entry, dict) else (entry, 1)
-        if not isinstance(name, str) or name not in model.loras:
-            raise Refused(400, f"there is no LoRA {str(name)[:100]!r}; there are: {', '.join(model.loras) or 'none'}",
-                          "lora", "lora_not_found")
-        check_value("lora", weight, dict(type="number", minimum=-10, maximum=10))
-        lora.append((name, float(weight)))
+    for entry in named:
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.keys() - {"name", "weight"}:
+            raise Refused(400, 'an entry of lora is "name" or {"name": ..., "weight": 0.8}', "lora", "invalid_value")
+        if entry["name"] not in model.loras:
+            there = ", ".join(model.loras) or "none"
+            raise Refused(400, f"there is no LoRA {entry['name'][:100]!r}; there are: {there}", "lora",
+                          "lora_not_found")
+        weight = entry.get("weight", 1)
+        check_value("lora", weight, dict(type="number", minimum=-10, maximum=10), "the weight of a lora")
+        lora.append((entry["name"], float(weight)))
     seed = asked.setdefault("seed", secrets.randbelow(2 ** 31))
     check_value("seed", seed + asked["n"] - 1, fields["seed"])
     times = model.times(asked["num_inference_steps"], width, height)
@@ -870,8 +885,14 @@ class Shelf:
 # -----------------------------------------------------------------------------
 # HTTP. A thread for each client; the threads wait, the engine works.
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 READ_SECONDS, WRITE_SECONDS = 20, 30  # for a whole request to come; for a part of an answer to be taken
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class InTime(socket.SocketIO):
@@ -913,6 +934,9 @@ class Server(http.server.ThreadingHTTPServer):
                 return super().process_request(request, client_address)
             except RuntimeError:  # no more threads
                 self.slots.release()
+        with self.lock:
+            self.counted["other", 503] += 1
+        log(event="refused", status=503, client=client_address[0], error="too many clients")
         content = json.dumps(Refused(503, "too many clients; try again later").body()).encode()
         try:
             request.settimeout(0.1)
@@ -968,6 +992,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def log_error(self, form, *args):
+        """Of the base class, for what was not read to the end of its head."""
+        log(event="dropped", client=self.client_address[0], error=form % args)
+
     def version_string(self):
         return self.server_version  # without a blank for the missing sys_version
 
@@ -978,7 +1006,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.where = getattr(self, "command", None), getattr(self, "path", "").partition("?")[0]
         allow = {"Allow": ROUTES[self.where][0]} if self.where in ROUTES else {"Allow": "GET, HEAD, POST"}
         self.refuse(Refused(405, f"there is no {self.command} here", headers=allow) if code == 501 else
-                    Refused(code, message or "this is no HTTP that is known here"))
+                    Refused(code, message or self.responses[code][1] or self.responses[code][0]))
         self.count(began)
 
     def answer(self):
@@ -1030,10 +1058,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_body(self):
         """The body, whose length has to be told in the one way that cannot be misread. Raises Refused."""
         lengths = self.headers.get_all("Content-Length", [])
+        if "Content-Encoding" in self.headers:
+            raise Refused(415, "bodies are not taken compressed")
         if self.headers.defects or "Transfer-Encoding" in self.headers or len(lengths) > 1 \
                 or any(not re.fullmatch(r"[0-9]{1,12}", length, re.ASCII) for length in lengths):
             self.close_connection = True
-            raise Refused(400, "the headers do not say in one way how long the body is: it takes one Content-Length")
+            raise Refused(400, "the headers do not say in one way how long the body is: send one Content-Length, and "
+                          "no chunks")
         length = int(lengths[0]) if lengths else 0
         if length > MAX_BODY:
             self.close_connection = True
@@ -1049,8 +1080,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = re.sub(r":\d*$", "", names[0] if names else "localhost").strip("[]").lower()
         if len(names) > 1:
             raise Refused(400, "there are two Hosts")
-        if server.args.host in LOOPBACK and not server.args.api_key and host not in LOOPBACK:  # DNS rebinding
-            raise Refused(403, "this server is for this machine alone, by the name localhost or 127.0.0.1")
+        if not (server.args.public or server.args.api_key or is_loopback(host)):  # DNS rebinding
+            raise Refused(403, f"this server is for this machine alone, by the name localhost, not {host[:100]}; "
+                          "started with a key, or with --public, it answers to every name")
         method, handler = ROUTES.get(self.where, (None, None))
         if self.where.startswith(FILES):
             method, handler = "GET", Handler.file
@@ -1246,7 +1278,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                output_format=job.asked["output_format"]))
 
     def stream(self, job):
-        """Server-sent events: OpenAI's, and image_generation.progress. What fails after the first goes as an event."""
+        """Server-sent events: OpenAI's, and image_generation.progress where it is asked for. What fails after the
+        head goes as an event."""
         self.close_connection, done, sent = True, 0, collections.Counter()
         total = sum(len(p.times) - 1 for p in job.pictures)
         self.head(200, "text/event-stream", {})
@@ -1260,7 +1293,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for what, about in self.events(job):
                 if what == "step":
                     done += 1
-                    send("image_generation.progress", step=done, steps=total)
+                    if job.asked["progress"]:
+                        send("image_generation.progress", step=done, steps=total)
                 else:
                     kind, i = "completed" if what == "picture" else "partial_image", about[0].index
                     more = {} if what == "picture" else dict(partial_image_index=sent[i])
@@ -1302,14 +1336,15 @@ textarea, input, select, button { font: inherit; padding: .45rem .7rem; border: 
 textarea, input, select, button { border-radius: .5rem; background: none; color: inherit; }
 textarea, input, select { width: 100%; }
 option { color: initial; }
-.row:not([hidden]) { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
+[hidden] { display: none !important; }
+.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
 textarea { resize: vertical; }
 button { cursor: pointer; }
 button.main { background: var(--accent); border-color: var(--accent); color: #fff; font-weight: 600; }
 button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 .bar { margin: 1rem 0; display: flex; gap: .6rem; flex-wrap: wrap; }
-progress { width: 100%; height: .5rem; accent-color: var(--accent); } progress[hidden] { display: none; }
+progress { width: 100%; height: .5rem; accent-color: var(--accent); }
 #say { min-height: 1.5em; margin: .3rem 0; } #say.bad { color: #c22; }
 #examples button { font-size: .8rem; padding: .15rem .5rem; margin: .3rem .3rem 0 0; text-align: left; }
 #gallery { display: grid; gap: 1rem; align-content: start; }
@@ -1346,20 +1381,27 @@ async function start() {
     $(name).parentElement.hidden = name != 'seed' && !(name in model.defaults);
   }
   $('prompt').required = 'negative_prompt' in model.defaults;
-  $('prompt').labels[0].textContent = model.classes.length ? 'Class' : 'Prompt';
+  if (model.classes.length) {
+    const choice = document.createElement('select');
+    choice.id = 'prompt'; choice.append(new Option('any', ''), ...model.classes.map(text => new Option(text, text)));
+    $('prompt').replaceWith(choice);
+    choice.labels[0].textContent = 'Class';
+  }
   $('n').max = model.max_n;
   const sides = [...new Set([.5, 1, 1.5, 2].map(k => k * model.size))].filter(
     side => side % model.unit == 0 && side <= model.max_size);
   const sizes = sides.flatMap(w => sides.map(h => w + 'x' + h));
-  $('size').replaceChildren(...['auto', ...sizes].map(s => new Option(s, s)));
+  $('size').replaceChildren(new Option(`auto (${model.size}x${model.size}, as trained)`, 'auto'),
+    ...sizes.map(s => new Option(s, s)));
   $('lora').replaceChildren(new Option('none', ''), ...model.loras.map(s => new Option(s, s)));
   $('loras').hidden = !model.loras.length;
-  const examples = (model.classes.length ? model.classes : model.examples).filter(Boolean);
-  $('prompt').hidden = $('prompt').labels[0].hidden = !examples.length;  // a model that is told nothing
-  $('examples').replaceChildren(...examples.slice(0, 40).map(text => {
+  $('lora').onchange();
+  const told = model.classes.length || model.examples.some(Boolean);
+  $('prompt').hidden = $('prompt').labels[0].hidden = !told;
+  $('examples').replaceChildren(...(model.classes.length ? [] : model.examples.filter(Boolean)).map(text => {
     const b = document.createElement('button'); b.type = 'button'; b.textContent = text;
     b.onclick = () => { $('prompt').value = text; $('prompt').focus(); }; return b; }));
-  say('Ready.'); $('go').disabled = false; $(examples.length ? 'prompt' : 'go').focus();
+  say('Ready.'); $('go').disabled = false; $(told ? 'prompt' : 'go').focus();
 }
 
 function asked() {
@@ -1392,7 +1434,11 @@ function finish({f, img, caption}, body, event) {
       + " -d '" + JSON.stringify(one).replaceAll("'", "'\\\\''") + "'";
     try { await navigator.clipboard.writeText(text); say('Copied.'); } catch { say(text); }
   };
-  caption.replaceChildren(body.prompt, document.createElement('br'), 'seed ' + event.seed + ' ', down, again);
+  const how = ['seed ' + event.seed, body.num_inference_steps && body.num_inference_steps + ' steps',
+    body.guidance_scale != undefined && 'guidance ' + body.guidance_scale, body.size != 'auto' && body.size,
+    body.negative_prompt && 'avoid ' + body.negative_prompt, ...(body.lora || []).map(l => l.name + ' x ' + l.weight)];
+  caption.replaceChildren(body.prompt || 'any', document.createElement('br'), how.filter(Boolean).join(', ') + ' ',
+    down, again);
 }
 
 async function draw() {
@@ -1401,10 +1447,11 @@ async function draw() {
   stop = new AbortController();
   $('go').disabled = true; $('stop').hidden = $('bar').hidden = false; $('bar').removeAttribute('value');
   say('Waiting for its turn.');
+  if (innerWidth < 704) cards[0].f.scrollIntoView({block: 'center'});  // below the settings, on a phone
   let left = cards.length;
   try {
     const answer = await fetch('v1/images/generations', {method: 'POST', headers: headers(), signal: stop.signal,
-      body: JSON.stringify({...body, stream: true, partial_images: 5})});
+      body: JSON.stringify({...body, stream: true, progress: true, partial_images: 5})});
     if (answer.status == 401) { begin(); throw new Error('The key is wrong.'); }
     if (!answer.ok) throw new Error(await wrong(answer));
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -1436,6 +1483,8 @@ async function draw() {
 }
 
 $('form').onsubmit = event => { event.preventDefault(); if (!$('go').disabled) draw(); };
+$('form').addEventListener('invalid', () => say(''), true);  // the browser says it
+$('lora').onchange = () => $('weight').parentElement.hidden = !$('lora').value;
 $('prompt').onkeydown = event => {
   if (event.key != 'Enter' || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -1458,7 +1507,7 @@ PAGE = f"""<!doctype html>
 <div class="bar"><button class="main" id="go" disabled>Draw</button>
 <button type="button" id="stop" hidden>Stop</button></div>
 <progress id="bar" hidden aria-label="progress"></progress><p id="say" role="status" aria-live="polite">Loading.</p>
-<div><label for="negative_prompt">Without</label><input id="negative_prompt"></div>
+<div><label for="negative_prompt">Avoid (negative prompt)</label><input id="negative_prompt"></div>
 <div class="row">
 <div><label for="num_inference_steps">Steps</label><input id="num_inference_steps" type="number" min="1"></div>
 <div><label for="guidance_scale">Guidance</label><input id="guidance_scale" type="number" min="0" step="any"></div>
@@ -3036,12 +3085,23 @@ def open_model(args):
         raise Stop(f"--max_size {args.max_size} is less than the model draws, {model.size}")
     if args.lora_dir and not Path(args.lora_dir).is_dir():
         raise Stop(f"--lora_dir {args.lora_dir} is no folder")
-    for file in sorted(Path(args.lora_dir).glob("*.safetensors")) if args.lora_dir else ():
+    files = sorted(Path(args.lora_dir).glob("*.safetensors")) if args.lora_dir else []
+    if args.lora_dir and not files:
+        below = next(iter(sorted(Path(args.lora_dir).glob("*/lora*.safetensors"))), None)
+        raise Stop(f"--lora_dir {args.lora_dir} has no .safetensors"
+                   + (f"; did you mean {below.parent}?" if below else ""))
+    for file in files:
         model.add_lora(file.stem, file)
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64  # of sizes of batch
         model.network.compile(dynamic=False)
     return model
+
+
+def say(sentence):
+    """For who sits before it; the log is for programs."""
+    if sys.stderr.isatty():
+        print(f"serve.py: {sentence}", file=sys.stderr, flush=True)
 
 
 def serve(args):
@@ -3052,6 +3112,7 @@ def serve(args):
         raise Stop(f"cannot listen at --host {args.host} --port {args.port}: {getattr(e, 'strerror', None) or e}", 1)
     threading.Thread(target=server.serve_forever, daemon=True, kwargs=dict(poll_interval=0.1)).start()
     began, came = time.time(), []
+    say("the model is being read" + (" and compiled, which takes minutes" if args.compile else ""))
     server.model = model = open_model(args)
     server.fields = fields_of(model, args)
     engine = Engine(model, args.max_batch, args.max_queue)
@@ -3068,11 +3129,13 @@ def serve(args):
         if engine.ready and began:
             log(event="ready", url=server.url, model=model.name, loras=list(model.loras), device=str(model.device),
                 dtype=str(model.dtype)[6:], seconds=round(time.time() - began, 2))
+            say(f"open {server.url} in a browser; Ctrl-C ends this")
             began = None
         time.sleep(0.02 if began else 0.2)
     if engine.is_alive():
         engine.refusal = "the server is going down"
         log(event="draining", pictures=len(engine.pictures))
+        say(f"{len(engine.pictures)} pictures are finished first; Ctrl-C again ends this at once")
     until = time.monotonic() + args.deadline
     time.sleep(0.3)  # for clients that came just now to be told
     while (engine.pictures and engine.is_alive() or server.open_requests) and time.monotonic() < until:

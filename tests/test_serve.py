@@ -208,7 +208,7 @@ def test_a_short_request_need_not_wait_for_a_long_one(server):
 def test_loras_do_what_they_do_in_finetune_lora(server):
     """Alone, with a weight, two at once, and none: as finetune_lora.py --sample draws."""
     plain = server.draw("a dog", seed=3)[0]
-    for files, lora in ((["red"], "red"), (["red:0.5"], [{"name": "red", "weight": 0.5}]), (["red", "blue:-1"], [
+    for files, lora in ((["red"], "red"), (["red:0.5"], {"name": "red", "weight": 0.5}), (["red", "blue:-1"], [
             "red", {"name": "blue", "weight": -1}])):
         told = ["--base", "out/text2img/model.safetensors", "--sample", "1", "--prompt", "a dog", "--device", "cpu", "--dtype",
                 "fp32", "--out", "there", "--seed", "3", "--cfg_scale", "2", "--sample_steps", "10", "--lora"]
@@ -400,11 +400,13 @@ def test_openais_client_gets_its_errors(client):
 
 
 def test_openais_client_streams(client, server):
-    events = list(client.images.generate(prompt="a cat", stream=True, partial_images=3, extra_body=dict(
-        seed=5, num_inference_steps=8)))
-    kinds = [event.type for event in events]
-    assert kinds.count("image_generation.partial_image") == 3 and kinds[-1] != "image_generation.progress"
-    assert kinds.count("image_generation.completed") == 1 and kinds.count("image_generation.progress") >= 7
+    for progress in (True, False):
+        events = list(client.images.generate(prompt="a cat", stream=True, partial_images=3, extra_body=dict(
+            seed=5, num_inference_steps=8, progress=progress)))
+        kinds = [event.type for event in events]
+        assert kinds.count("image_generation.partial_image") == 3 and kinds[-1] != "image_generation.progress"
+        assert kinds.count("image_generation.completed") == 1
+        assert kinds.count("image_generation.progress") == 8 * progress
     partial = [pixels(event.b64_json) for event in events if event.type.endswith("partial_image")]
     last = pixels(next(event for event in events if event.type.endswith("completed")).b64_json)
     errors = [np.abs(picture - last).mean() for picture in partial]
@@ -460,6 +462,9 @@ WRONG = {  # name: body, what the error names, status
     "lora list": (dict(prompt="a", lora=["red"] * 9), "lora", 400), "lora 3": (dict(prompt="a", lora=3), "lora", 400),
     "lora weight": (dict(prompt="a", lora=[{"name": "red", "weight": "1"}]), "lora", 400),
     "lora heavy": (dict(prompt="a", lora=[{"name": "red", "weight": 1e9}]), "lora", 400),
+    "lora scale": (dict(prompt="a", lora=[{"name": "red", "scale": 1}]), "lora", 400),
+    "partial alone": (dict(prompt="a", partial_images=2), "partial_images", 400),
+    "progress alone": (dict(prompt="a", progress=True), "progress", 400),
     "lora name": (dict(prompt="a", lora=[{"weight": 1}]), "lora", 400), "lora in lora": (dict(prompt="a", lora=[["red"]]), "lora", 400),
     "stream": (dict(prompt="a", stream=1), "stream", 400), "partial": (dict(prompt="a", partial_images=-1), "partial_images", 400)}
 
@@ -569,6 +574,12 @@ def test_other_requests(server):
     assert server.raw(post(GOOD).replace(b"application/json", b"text/plain")).startswith(b"HTTP/1.1 415")
     assert server.raw(post(GOOD).replace(b"localhost", b"evil.example")).startswith(b"HTTP/1.1 403")
     assert server.raw(post(b" " * (mm.MAX_BODY + 1))).startswith(b"HTTP/1.1 413")
+    assert server.raw(post(GOOD, "Content-Encoding: gzip")).startswith(b"HTTP/1.1 415")
+    for host, status in ((b"127.0.0.2", 200), (b"[::1]:80", 200), (b"127.0.0.1.evil.example", 403), (b"0.0.0.0", 403)):
+        assert int(server.raw(post(GOOD).replace(b"localhost", host)).split(b" ", 2)[1]) == status
+    server.args.public = True
+    assert server.raw(post(GOOD).replace(b"localhost", b"any.example")).startswith(b"HTTP/1.1 200"), "behind a proxy"
+    server.args.public = False
 
 
 def test_one_connection_for_several_requests(server):
@@ -888,6 +899,10 @@ def test_what_cannot_be_served(home, tmp_path, monkeypatch, capsys):
     model = Path("out/text2img/model.safetensors")
     assert run("--port", 0, "--ckpt", "nothing.safetensors") == 2 and "nothing.safetensors" in said()
     assert run("--port", 0, "--lora_dir", "nothing") == 2 and "--lora_dir nothing" in said()
+    Path("empty/below").mkdir(parents=True)
+    assert run("--port", 0, "--lora_dir", "empty") == 2 and "has no .safetensors" in said()
+    Path("empty/below/lora.safetensors").touch()
+    assert run("--port", 0, "--lora_dir", "empty") == 2 and "did you mean empty/below" in said()
     finetune_lora.save_safetensors(Path("other.safetensors"), {"a": torch.zeros(2)}, dict(script="ddpm_2d.py"))
     assert run("--port", 0, "--ckpt", "other.safetensors") == 2 and "ddpm_2d.py" in said()
     Path("loras").mkdir()
@@ -1016,19 +1031,25 @@ def test_the_page_waits_for_the_model(browser, server):
     browser.until(f"{SAYS} == '502 Bad Gateway'")
 
 
-def test_the_page_of_a_model_that_is_told_nothing(browser, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", ["--class_cond", "--no-class_cond"])
+def test_the_page_of_a_model_that_is_told_a_class_or_nothing(flags, browser, tmp_path, monkeypatch):
     import ddpm_images
     monkeypatch.chdir(tmp_path)
-    assert ddpm_images.main("--smoke --data drawn_faces --out out/x --device cpu --dtype fp32".split()) == 0
+    assert ddpm_images.main(f"--smoke --data drawn_faces --out out/x --device cpu --dtype fp32 {flags}".split()) == 0
+    told = flags == "--class_cond"
     with another("--ckpt", "out/x/model.safetensors") as server:
         browser.open(server.url)
         browser.until(f"{SAYS} == 'Ready.'")
-        assert browser.js("document.getElementById('prompt').offsetWidth") == 0
+        assert (browser.js("document.getElementById('prompt').offsetWidth") > 0) == told
+        assert (browser.js("document.querySelector('label[for=prompt]').offsetWidth") > 0) == told
         assert browser.js("document.querySelectorAll('#examples button').length") == 0
-        assert browser.js("document.activeElement.id") == "go"
-        browser.js("document.getElementById('num_inference_steps').value = 2")
+        assert browser.js("document.activeElement.id") == ("prompt" if told else "go")
+        browser.js("document.getElementById('num_inference_steps').value = 2; document.getElementById('go').focus()")
+        if told:
+            browser.js("document.getElementById('prompt').value = 'fox'")
         browser.key("Enter", 13)
         browser.until(f"{SAYS} == 'Done.'")
+        assert browser.js("document.querySelector('figcaption').textContent").startswith("fox" if told else "any")
         assert browser.js("document.images.length") == 1
     with pytest.raises(mm.Stop, match="--quant"):
         mm.open_model(mm.parse_args(["--ckpt", "out/x/model.safetensors", "--quant", "nf4"]))
