@@ -1391,7 +1391,7 @@ async function start() {
   const sides = [...new Set([.5, 1, 1.5, 2].map(k => k * model.size))].filter(
     side => side % model.unit == 0 && side <= model.max_size);
   const sizes = sides.flatMap(w => sides.map(h => w + 'x' + h));
-  $('size').replaceChildren(new Option(`auto (${model.size}x${model.size}, as trained)`, 'auto'),
+  $('size').replaceChildren(new Option(`auto: ${model.size}`, 'auto'),
     ...sizes.map(s => new Option(s, s)));
   $('lora').replaceChildren(new Option('none', ''), ...model.loras.map(s => new Option(s, s)));
   $('loras').hidden = !model.loras.length;

@@ -323,7 +323,7 @@ def test_models_that_are_told_a_class(script, flags, asked, tmp_path, monkeypatc
         assert max(np.abs(a - b).max() for a, b in zip(ours, theirs)) <= 1 and np.std(theirs) > 5
         assert server.ask(prompt="a unicorn")[0] == 400 and server.ask(prompt="", negative_prompt="x")[0] == 400
         status, _, answer = server.ask(prompt="", class_label=99)
-        assert status == 400 and answer["error"]["param"] == ("prompt" if classes else "class_label")
+        assert status == 400 and answer["error"]["param"] == "class_label"
         assert server.ask(prompt="", num_inference_steps=1)[0] == 200
         assert server.ask(prompt="", guidance_scale=2, num_inference_steps=1)[0] == (200 if classes else 400)
 
