@@ -56,7 +56,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -69,23 +70,23 @@ def parse_args(argv=None):
     g.add_argument("--source", metavar="gaussian|...", default="gaussian", help="where to start: noise, or as --data")
     g.add_argument("--noise", type=float, default=0.05, help="std of the noise on the points, whose own std is 2")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, default=128, help="channels of hidden layers; of a UNet, at full resolution")
+    g.add_argument("--width", type=int, default=128, help="channels of a hidden layer; of a UNet, at full size")
     g.add_argument("--depth", type=int, default=3, help="hidden layers")
     g.add_argument("--features", type=int, default=64, help="random Fourier features of x; 0 = none")
     g = p.add_argument_group("flow")
-    g.add_argument("--coupling", choices=COUPLINGS, default="independent", help="which noise belongs to which point")
+    g.add_argument("--coupling", choices=COUPLINGS, default="independent", help="how noise is paired with data")
     g.add_argument("--coupling_size", type=int, default=512, help="points that ot and sinkhorn match at a time")
     g.add_argument("--sigma", type=float, default=0.5, help="std of sinkhorn's Brownian bridges")
     g.add_argument("--reflow", metavar="FILE", help="straighten this model.safetensors: learn the pairs it makes")
     g.add_argument("--meanflow", action=flag, default=False, help="learn mean velocities, to sample in 1 to 4 steps")
-    g.add_argument("--from_ddpm", metavar="FILE", help="train nothing, use this model.safetensors of a DDPM")
+    g.add_argument("--from_ddpm", metavar="FILE", help="train nothing: run this model.safetensors of a DDPM as a flow")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
     g.add_argument("--batch_size", type=int, default=512, help="training examples per step, on all devices together")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, default=0.9995,
                    help="decay of the averaged weights, the ones that are sampled from")
-    g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
+    g.add_argument("--resume", metavar="FILE", help="continue the training run of this ckpt.pt")
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
@@ -773,6 +774,7 @@ def draw(model, source, n, args, device, **other):
 
 
 def make_source(args, device):
+    """What t = 1 is: noise, or another shape."""
     return Normal() if args.source == "gaussian" else Target(args.source, args.noise, device)
 
 
@@ -999,9 +1001,10 @@ def train(args):
             snapshots.append((step, x.cpu().numpy()))
         if seen and (step % log_every == 0 or last or noted):
             loss, rate = loss_sum.item() / seen, seen * args.batch_size / (time.time() - clock)
-            if not loss < 1e4:
+            if not loss < 1e4:  # also true of NaN; MeanFlow's may jump
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
-            record = dict(data=args.data, step=step, loss=loss, lr=args.lr, pts_per_s=rate, seconds=time.time() - began)
+            record = dict(data=args.data, step=step, loss=loss, lr=opt.param_groups[0]["lr"], pts_per_s=rate,
+                          seconds=time.time() - began)
             log.write(json.dumps(record) + "\n")
             if bar.disable and (step % (4 * log_every) == 0 or last):
                 print("  ".join(f"{k} {record[k]:.{d}f}" for k, d in dict(
@@ -1017,6 +1020,7 @@ def train(args):
         if last:
             break
 
+        # one step: data, noise and t from (seed, step); the loss, its gradient, AdamW, the moving average
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50)  # warm-up, while Adam's averages settle
         g = torch.Generator(device).manual_seed(mix(BATCH, args.seed, step))
@@ -1082,7 +1086,7 @@ def from_ddpm(args):
 
 def sample_only(args):
     """--sample N --ckpt FILE: points from a finished model, as points.npy and points.png."""
-    device, out = float64_device(args.device), Path(args.out)
+    device, out = float64_device(args.device), Path(args.out if "out" in args.given else Path(args.ckpt).parent)
     model = load_model(args.ckpt, args, device, {"sampler", "sample_steps", "tol"} - args.given)
     x, nfe = draw(model, make_source(args, device), args.sample, args, device)
     x = x.cpu().numpy()

@@ -54,7 +54,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -66,7 +67,7 @@ def parse_args(argv=None):
     g.add_argument("--data", metavar="|".join([*TARGETS, "PICTURE"]), default="swiss_roll", help="what to learn")
     g.add_argument("--noise", type=float, default=0.05, help="std of the noise on the points, whose own std is 2")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, default=128, help="channels of hidden layers; of a UNet, at full resolution")
+    g.add_argument("--width", type=int, default=128, help="channels of a hidden layer; of a UNet, at full size")
     g.add_argument("--depth", type=int, default=3, help="hidden layers")
     g.add_argument("--features", type=int, default=64, help="random Fourier features of x; 0 = none")
     g = p.add_argument_group("diffusion")
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, default=0.9995,
                    help="decay of the averaged weights, the ones that are sampled from")
-    g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
+    g.add_argument("--resume", metavar="FILE", help="continue the training run of this ckpt.pt")
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
@@ -821,9 +822,10 @@ def train(args):
             snapshots.append((step, x.cpu().numpy()))
         if seen and (step % log_every == 0 or last or noted):
             loss, rate = loss_sum.item() / seen, seen * args.batch_size / (time.time() - clock)
-            if not loss < 100:
+            if not loss < 100:  # also true of NaN; a network that has learnt nothing yet has a loss of a few units
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
-            record = dict(data=args.data, step=step, loss=loss, lr=args.lr, pts_per_s=rate, seconds=time.time() - began)
+            record = dict(data=args.data, step=step, loss=loss, lr=opt.param_groups[0]["lr"], pts_per_s=rate,
+                          seconds=time.time() - began)
             log.write(json.dumps(record) + "\n")
             if bar.disable and (step % (4 * log_every) == 0 or last):
                 print("  ".join(f"{k} {record[k]:.{d}f}" for k, d in dict(
@@ -839,6 +841,7 @@ def train(args):
         if last:
             break
 
+        # one step: data, noise and t from (seed, step); the loss, its gradient, AdamW, the moving average
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50)  # warm-up, while Adam's averages settle
         g = torch.Generator(device).manual_seed(mix(BATCH, args.seed, step))
@@ -864,7 +867,7 @@ def train(args):
 
 def sample_only(args):
     """--sample N --ckpt FILE: points from a finished model, as points.npy and points.png."""
-    device, out = float64_device(args.device), Path(args.out)
+    device, out = float64_device(args.device), Path(args.out if "out" in args.given else Path(args.ckpt).parent)
     tensors, saved, _ = read_model(args.ckpt, "ddpm_2d.py")
     adopt(args, saved, ARCHITECTURE + sorted({"sampler", "sample_steps", "eta"} - args.given), args.ckpt)
     check_eta(args)

@@ -76,7 +76,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -95,11 +96,11 @@ def parse_args(argv=None):
                    help="what to learn")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
-    g.add_argument("--class_cond", action=flag, default=False, help="tell the model the class, a sub-folder or species")
+    g.add_argument("--class_cond", action=flag, default=False, help="condition on the class: sub-folder or species")
     g.add_argument("--condition", choices=list(CONDITION_CHANNELS), default="none",
                    help="translate pictures: enlarge, colour, edges to photo, fill a hole")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, help="channels of hidden layers; of a UNet, at full resolution")
+    g.add_argument("--width", type=int, help="channels of a hidden layer; of a UNet, at full size")
     g.add_argument("--mults", help="channel multiplier of each resolution; the side halves from one to the next")
     g.add_argument("--blocks", type=int, help="residual blocks per resolution")
     g.add_argument("--attn", type=int, help="self-attention where the feature map has at most this side")
@@ -110,14 +111,14 @@ def parse_args(argv=None):
     g.add_argument("--pred", choices=PREDICTIONS, help="what the network predicts")
     g.add_argument("--min_snr", type=float, help="gamma of min-SNR loss weights (the paper: 5); 0 = off")
     g = p.add_argument_group("training")
-    g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
+    g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes, settings; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch_size", type=int, help="training examples per step, on all devices together")
     g.add_argument("--accum", type=int, default=1, help="parts that each batch is split into, to save memory")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, help="decay of the averaged weights, the ones that are sampled from")
     g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
-    g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
+    g.add_argument("--resume", metavar="FILE", help="continue the training run of this ckpt.pt")
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
@@ -258,8 +259,8 @@ def sample(model, noise, alpha_bar, pred, sampler, steps, eta=0.0, on_step=None)
         else:                                            # dpmpp_2m: a line through two x0; 2211.01095 algorithm 2
             lam = 0.5 * math.log(ab_t / (1 - ab_t))      # log of signal over noise
             h = 0.5 * math.log(ab_s / (1 - ab_s)) - lam
-            bend = 0 if x0_old is None else 0.5 * h / (lam - lam_old) * (x0 - x0_old)
-            xt = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * xt - ab_s ** 0.5 * math.expm1(-h) * (x0 + bend)
+            ahead = 0 if x0_old is None else 0.5 * h / (lam - lam_old) * (x0 - x0_old)
+            xt = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * xt - ab_s ** 0.5 * math.expm1(-h) * (x0 + ahead)
             x0_old, lam_old = x0, lam
 
 
@@ -430,10 +431,10 @@ FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44
 EYES = {"green": (70, 200, 84), "blue": (52, 148, 255), "amber": (255, 186, 32), "violet": (186, 88, 232)}
 BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 146, 190), "yellow": (255, 212, 52),
                "purple": (160, 122, 232), "teal": (44, 178, 184)}
-# A face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle of the head,
-# y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on each side. Of ear,
-# head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the whole face down.
-TRAITS = {
+TRAITS = {  # a face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle
+    # of the head, y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on
+    # each side. Of ear, head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the
+    # whole face down.
     "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
                 front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
                        ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
@@ -1249,14 +1250,13 @@ def train(args):
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
         record, last, stop = {}, step == args.steps, 0
-        due = step % args.eval_every == 0 and (step > start or step == 0)  # at 0 the untrained network
-        evaluate = last or due
+        evaluate = last or step % args.eval_every == 0 and (step > start or step == 0)  # at 0 the untrained network
 
         # once in a while: read the loss off the device, and hear whether any rank was asked to stop
         if step > start and (step % log_every == 0 or evaluate or noted and world == 1):
             loss, stop = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, len(noted))])).tolist()
             loss, rate = loss / seen, seen * args.batch_size / (time.time() - clock)
-            if not loss < 100:  # also not a number; a network that has learnt nothing yet has a loss of about 1
+            if not loss < 100:  # also true of NaN; a network that has learnt nothing yet has a loss of about 1
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
             record.update(loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate)
             if peak:
@@ -1265,18 +1265,18 @@ def train(args):
             loss_sum.zero_()
             seen, clock = 0, time.time()
 
-        # once in a while: validation loss, sample grid, checkpoint
+        # once in a while: validation loss, checkpoint, sample grid
         if evaluate:
             val, bins = validate(ema, data, args, alpha_bar, device, rank, world, amp)
             if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
                 raise Stop(f"the validation loss is {val:.3g} at step {step}: diverged at --lr {args.lr}; lower it", 1)
             best = min(best, val)
             record.update(val_loss=val, val_bins=bins)
+            if step > 0:  # at 0 nothing is learnt, and an earlier run's .old files must not make way for that
+                save(step)
             if rank == 0:
                 x = generate(ema, args, alpha_bar, range(n_show), device, y, cond)
                 save_grid(out / f"samples/{step:06d}.png", x, cond, shown)
-            if step > 0:  # nothing is learnt yet, and an earlier run's .old files must not make way for that
-                save(step)
             clock = time.time()
         if record:
             write_record(step, record)
@@ -1288,6 +1288,7 @@ def train(args):
         if last:
             break
 
+        # one step: data, noise and t from (seed, step); the loss, its gradient, AdamW, the moving average
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50)  # warm-up, while Adam's averages settle
         torch.manual_seed(mix(DROPOUT, args.seed, rank, step))
@@ -1302,10 +1303,33 @@ def train(args):
     if noted and world == 1:  # while the last step was evaluated
         raise KeyboardInterrupt(noted[0] - 128)
     if rank == 0:
-        draw_pictures(out, ema, data, args, alpha_bar, device, y, cond)
         plot_loss(out / "loss.png", log)
+        say("trained; now the pictures")
+        draw_pictures(out, ema, data, args, alpha_bar, device, y, cond)
         say(f"done in {time.time() - began:.0f} s; best val_loss {best:.4f}; see {out}/samples/{args.steps:06d}.png")
     sum_over_ranks(torch.zeros(1, device=device)).item()  # the others wait for the pictures
+
+
+def begin_pictures(out, rank, device):
+    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    part = out / "generated.part"
+    part.mkdir(parents=True, exist_ok=True)
+    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
+        old.unlink()
+    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
+    return part
+
+
+def publish(part, folder):
+    """Moves what was drawn into the folder, in place of the numbered pictures there -> how many those were."""
+    folder.mkdir(exist_ok=True)
+    earlier = sorted(folder.glob("[0-9]" * 6 + ".png"))
+    for old in earlier:  # a larger earlier set must not mix with this one
+        old.unlink()
+    for new in part.iterdir():
+        os.replace(new, folder / new.name)
+    part.rmdir()
+    return len(earlier)
 
 
 def sample_only(args):
@@ -1335,11 +1359,7 @@ def sample_only(args):
             raise Stop(f"--input {args.input}: " + (f"cannot read {wrong[0]}" if wrong else "no pictures in it"))
         pictures = np.stack(pictures)
     out = Path(args.out)
-    (out / "generated").mkdir(parents=True, exist_ok=True)
-    earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png")) if rank == 0 else []
-    for old in earlier:  # a larger earlier set must not mix with this one
-        old.unlink()
-    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
+    part = begin_pictures(out, rank, device)
     began, alpha_bar, mine = time.time(), make_alpha_bar(args.schedule), np.array_split(np.arange(n), world)[rank]
     batches = [mine[k:k + 64] for k in range(0, len(mine), 64)]
     for i in tqdm(batches, "sampling", disable=True if rank else None):
@@ -1348,16 +1368,17 @@ def sample_only(args):
         cond = make_condition(args.condition, x0)
         x = generate(model, args, alpha_bar, i, device, y, cond)
         for j, picture in zip(i, to_uint8(x)):
-            Image.fromarray(picture).save(out / f"generated/{j:06d}.png")
+            Image.fromarray(picture).save(part / f"{j:06d}.png")
         if i[0] == 0:
             save_grid(out / "generated.png", x, cond, x0)
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
+        earlier = publish(part, out / "generated")
         how = f"{args.sampler}, {args.sample_steps} steps"
         if args.class_cond:
             how += f", --cfg_scale {args.cfg_scale}, in turn " + " ".join(classes)
         print(f"{n}" + (f" of {args.sample}" if n < args.sample else "") + f" pictures in {out / 'generated'}"
-              + (f", in place of {len(earlier)} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
+              + (f", in place of {earlier} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{how}; {time.time() - began:.0f} s on {device} x {world}")
 
 

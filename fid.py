@@ -63,7 +63,8 @@ MODES = ["legacy_tensorflow", "legacy_pytorch", "clean"]
 def parse_args(argv=None):
     """The settings. Wrong ones end the script with a sentence and status 2."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -564,10 +565,10 @@ FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44
 EYES = {"green": (70, 200, 84), "blue": (52, 148, 255), "amber": (255, 186, 32), "violet": (186, 88, 232)}
 BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 146, 190), "yellow": (255, 212, 52),
                "purple": (160, 122, 232), "teal": (44, 178, 184)}
-# A face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle of the head,
-# y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on each side. Of ear,
-# head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the whole face down.
-TRAITS = {
+TRAITS = {  # a face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle
+    # of the head, y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on
+    # each side. Of ear, head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the
+    # whole face down.
     "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
                 front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
                        ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
@@ -648,7 +649,7 @@ def draw_face(seed, index, size):
 
 
 # -----------------------------------------------------------------------------
-# Utilities, the same in every script that has them.
+# Utilities, the same text in every script that has them.
 
 
 class Stop(Exception):

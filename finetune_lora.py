@@ -81,7 +81,7 @@ def parse_args(argv=None):
             if action.dest in PRESETS["sd"]:
                 values = {kind: preset[action.dest] for kind, preset in PRESETS.items()}
                 return action.help + " (default: " + ", ".join(f"{kind} {v}" for kind, v in values.items()) + ")"
-            return super()._get_help_string(action)
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -101,13 +101,13 @@ def parse_args(argv=None):
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
     g = p.add_argument_group("LoRA")
     g.add_argument("--rank", type=int, help="rank of the two matrices beside a layer")
-    g.add_argument("--alpha", type=float, help="what they add is multiplied by alpha / rank; the rank unless given")
+    g.add_argument("--alpha", type=float, help="the LoRA's output is scaled by alpha / rank; unless given alpha = rank")
     g.add_argument("--lora_dropout", type=float, default=0.0,
-                   help="share of a layer's inputs that training hides from them")
-    g.add_argument("--targets", nargs="+", metavar="attn|ff|text|PATTERN", help="which layers get one: of attention, "
-                   "MLPs, text encoder, or whose name, such as unet.mid_block.attentions.0.proj_in, a pattern finds")
+                   help="dropout on the input of each LoRA")
+    g.add_argument("--targets", nargs="+", metavar="attn|ff|text|PATTERN", help="layers that get a LoRA: attn, ff "
+                   "(MLPs), text (encoders), or a pattern for names like unet.mid_block.attentions.0.proj_in")
     g.add_argument("--lora", nargs="+", metavar="FILE[:WEIGHT]", default=[],
-                   help="draw with these, each as strongly as its weight says, or train this one on")
+                   help="LoRAs to draw with, each scaled by its weight; in training the one to go on from")
     g = p.add_argument_group("memory")
     g.add_argument("--quant", choices=["int8", "nf4"], help="hold the frozen weights in 8 or 4 bits")
     g.add_argument("--grad_checkpoint", action=flag, default=False,
@@ -122,7 +122,7 @@ def parse_args(argv=None):
     g.add_argument("--min_snr", type=float, default=5.0,
                    help="gamma of min-SNR loss weights (the paper: 5); 0 = off")
     g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
-    g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
+    g.add_argument("--resume", metavar="FILE", help="continue the training run of this ckpt.pt")
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw; several, or a .txt file with one a line")
@@ -372,8 +372,8 @@ def sample(model, x, sampler, times):
         d = model(x, t).to(x.dtype)
         if sampler == "dpmpp_2m" and s > 0:
             x0, h = x - t * d, math.log(t / s)
-            line = x0 if before is None else x0 + (x0 - before[0]) * h / (2 * before[1])
-            x, before = s / t * x + (1 - s / t) * line, (x0, h)
+            ahead = 0 if before is None else (x0 - before[0]) * h / (2 * before[1])
+            x, before = s / t * x + (1 - s / t) * (x0 + ahead), (x0, h)
         else:
             x = x + (s - t) * d
     return x
@@ -412,6 +412,8 @@ class Rerun(nn.Module):
 
 
 class SDAttention(nn.Module):
+    """Of x to itself, or to the tokens of the text."""
+
     def __init__(self, D, context, heads):
         super().__init__()
         self.heads, self.to_q = heads, nn.Linear(D, D, bias=False)
@@ -474,6 +476,8 @@ class SDTransformer(nn.Module):
 
 
 class SDResBlock(nn.Module):
+    """Two convolutions, told the time between them."""
+
     def __init__(self, c_in, c_out, emb, groups):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, c_in, 1e-5), nn.GroupNorm(groups, c_out, 1e-5)
@@ -625,10 +629,13 @@ class FluxAttention(nn.Module):
 
 
 def modulated(x, shift, scale):
+    """adaLN: a norm without weights of its own, whose shift and scale come from the time."""
     return (F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift).to(x.dtype)  # autocast's norms are fp32
 
 
 class FluxDouble(nn.Module):
+    """Image and text, each with its own weights, meet in one attention (MM-DiT, 2403.03206 section 4)."""
+
     def __init__(self, D, heads):
         super().__init__()
         self.norm1, self.norm1_context = (nn.ModuleDict(dict(linear=nn.Linear(D, 6 * D))) for _ in range(2))
@@ -1305,6 +1312,8 @@ class DiT(nn.Module):
 
 
 class KLResBlock(nn.Module):
+    """Two convolutions and a way around them."""
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, c_in, 1e-6), nn.GroupNorm(groups, c_out, 1e-6)
@@ -1528,6 +1537,7 @@ def find_file(base, *choices):
 
 
 def need_file(base, *choices):
+    """find_file, or Stop."""
     file = find_file(base, *choices)
     if file is None:
         raise Stop(f"{base} is incomplete: there is no {' or '.join(choices)}")
@@ -1546,6 +1556,7 @@ def weight_files(base, part, stem):
 
 
 def clip_vocabulary(base, part):
+    """The files of a CLIP tokenizer: vocabulary and merges, in two files or one, and two that may be missing."""
     files = [find_file(base, f"{part}/vocab.json"), find_file(base, f"{part}/merges.txt")]
     files = files if all(files) else [need_file(base, f"{part}/tokenizer.json", f"{part}/vocab.json"), None]
     return files + [find_file(base, f"{part}/{name}") for name in ("special_tokens_map.json", "tokenizer_config.json")]
@@ -2758,6 +2769,7 @@ FREE_ON_RESUME = ("data steps lr out eval_every device dtype compile accum grad_
 
 
 def set_weights(base, weight):
+    """0: the base without its LoRA, 1: with it."""
     for adapted in base.adapted():
         adapted.weights = [weight] * len(adapted.loras)
 
@@ -2989,6 +3001,7 @@ def restore(state, params, ema, opt, args):
 
 
 def is_picture(file, size):
+    """Whether the file is a whole picture of this size: one of a run that was killed may not be."""
     try:
         with Image.open(file) as im:
             im.load()
@@ -3161,8 +3174,8 @@ def train(args):
             loss, rate = loss / seen, seen * args.batch_size / (time.time() - clock)
             if not math.isfinite(loss):
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
-            record = dict(step=step, loss=loss, img_per_s=rate, s_per_step=args.batch_size / rate,
-                          seconds=time.time() - began, peak_gb=peak_memory(device))
+            record = dict(step=step, loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate,
+                          s_per_step=args.batch_size / rate, seconds=time.time() - began, peak_gb=peak_memory(device))
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} img/s")
             loss_sum.zero_()
             seen, clock = 0, time.time()
@@ -3190,10 +3203,11 @@ def train(args):
                        f"--resume {out / 'ckpt.pt'}", [*noted, 130][0])
         if last:
             break
+        # one step: data, noise and t from (seed, step); the loss, its gradient, AdamW, the moving average
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 20)  # warm-up, while Adam's averages settle
         batch = train_batch(data, args, step, base, rank, world)
-        torch.manual_seed(mix(DROPOUT, args.seed, step, rank))
+        torch.manual_seed(mix(DROPOUT, args.seed, rank, step))
         loss_sum += train_step(base, params, opt, batch, args, amp)
         with torch.no_grad():
             torch._foreach_lerp_(ema, params, 1 - min(args.ema_decay, (1 + step) / (10 + step)))
@@ -3239,6 +3253,28 @@ def split_lora(text):
         raise Stop(f"--lora {text}: there is no such file, and {weight!r} is no weight as in FILE:0.8")
 
 
+def begin_pictures(out, rank, device):
+    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    part = out / "generated.part"
+    part.mkdir(parents=True, exist_ok=True)
+    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
+        old.unlink()
+    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
+    return part
+
+
+def publish(part, folder):
+    """Moves what was drawn into the folder, in place of the numbered pictures there -> how many those were."""
+    folder.mkdir(exist_ok=True)
+    earlier = sorted(folder.glob("[0-9]" * 6 + ".png"))
+    for old in earlier:  # a larger earlier set must not mix with this one
+        old.unlink()
+    for new in part.iterdir():
+        os.replace(new, folder / new.name)
+    part.rmdir()
+    return len(earlier)
+
+
 def sample_only(args):
     """--sample N: pictures as generated/000000.png ..., what each was told in metadata.jsonl, and one grid. Prompts
     take turns; the first picture of each begins with the same noise, and so on."""
@@ -3272,33 +3308,25 @@ def sample_only(args):
             adapted.merge(keep=False)
     if args.compile:
         base.model.compile()
-    part = out / "generated.part"  # what was drawn before stays until all is there
-    part.mkdir(parents=True, exist_ok=True)
-    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
-        old.unlink()
-    sum_over_ranks(torch.zeros(1, device=device)).item()
-    P, mine, x = len(args.prompt), np.array_split(np.arange(n), world)[rank], []
+    part = begin_pictures(out, rank, device)
+    P, mine = len(args.prompt), np.array_split(np.arange(n), world)[rank]
     for i in tqdm([mine[k:k + 64] for k in range(0, len(mine), 64)], "sampling", disable=True if rank else None):
         noise = next(image_noise(args.seed, i // P, base.shape(), device))
-        x.append(generate(base, noise, pick(text, i % P), pick(text_null, [0] * len(i)), amp))
-        for j, drawn in zip(i, x[-1]):
+        x = generate(base, noise, pick(text, i % P), pick(text_null, [0] * len(i)), amp)
+        for j, drawn in zip(i, x):
             write_atomically(part / f"{j:06d}.png", lambda f: Image.fromarray(drawn).save(f, "PNG"))
+        if i[0] == 0:
+            grid = caption_rows([x[p::P] for p in range(P)], args.prompt) if P <= 16 else tile(x, int(len(x) ** 0.5))
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         about = {k: getattr(args, k) for k in "base lora negative_prompt seed cfg_scale sample_steps sampler".split()}
         lines = [json.dumps(dict(file_name=f"{j:06d}.png", text=args.prompt[j % P], **about)) + "\n" for j in range(n)]
         write_atomically(part / "metadata.jsonl", lambda f: f.write("".join(lines).encode()))
-        (out / "generated").mkdir(exist_ok=True)
-        for old in out.glob(f"generated/{'[0-9]' * 6}.png"):  # a larger earlier set must not mix with this one
-            old.unlink()
-        for new in part.iterdir():
-            os.replace(new, out / "generated" / new.name)
-        part.rmdir()
-        x = np.concatenate(x)
-        save_png(out / "generated.png", caption_rows([x[p::P] for p in range(P)], args.prompt) if P <= 16 else
-                 tile(x, int(len(x) ** 0.5)))
+        earlier = publish(part, out / "generated")
+        save_png(out / "generated.png", grid)
         used = ", ".join(f"{file} x {weight}" for file, weight in files) or "no LoRA"
-        print(f"{n} pictures of {P} prompts in {out / 'generated'}; see {out / 'generated.png'}\n"
+        print(f"{n} pictures of {P} prompts in {out / 'generated'}"
+              + (f", in place of {earlier} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{base.kind} with {used}; {args.sampler}, {args.sample_steps} steps, --cfg_scale {args.cfg_scale}; "
               f"{time.time() - began:.0f} s on {device} x {world}")
 

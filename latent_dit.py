@@ -80,7 +80,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -99,7 +100,7 @@ def parse_args(argv=None):
                    help="what to learn")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
-    g.add_argument("--class_cond", action=flag, default=True, help="tell the model the class, a sub-folder or species")
+    g.add_argument("--class_cond", action=flag, default=True, help="condition on the class: sub-folder or species")
     g = p.add_argument_group("tokenizer and model")
     g.add_argument("--vae", metavar="tiny|" + "|".join(VAES) + "|none|FILE|FOLDER",
                    help="the autoencoder in whose latents the model works; tiny is trained first, none is pixels")
@@ -109,21 +110,21 @@ def parse_args(argv=None):
     g.add_argument("--grad_checkpoint", action=flag, default=False,
                    help="compute activations a second time instead of keeping them: less memory, a third more work")
     g = p.add_argument_group("flow")
-    g.add_argument("--time_shift", type=float, help="more than 1: more of the times where there is much noise, in "
-                   "training and sampling; unless given the root of (numbers in a latent / 4096), at least 1")
+    g.add_argument("--time_shift", type=float, help="above 1: more of the times at high noise, in training and "
+                   "sampling; unless given sqrt(numbers in a latent / 4096), at least 1")
     g.add_argument("--repa", type=float, nargs="?", const=0.5, default=0.0, metavar="WEIGHT",
                    help="weight of the agreement with what DINOv2 sees; 0 = off")
     g.add_argument("--repa_until", type=int, default=100_000, help="the step after which --repa ends")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["cpu", "gpu", "xl8"], default=preset,
-                   help="sizes and times; by device unless given")
+                   help="sizes, settings; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch_size", type=int, help="training examples per step, on all devices together")
     g.add_argument("--accum", type=int, default=1, help="parts that each batch is split into, to save memory")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, help="decay of the averaged weights, the ones that are sampled from")
     g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
-    g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
+    g.add_argument("--resume", metavar="FILE", help="continue the training run of this ckpt.pt")
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
@@ -387,6 +388,8 @@ class DiT(nn.Module):
 
 
 class KLResBlock(nn.Module):
+    """Two convolutions and a way around them."""
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, c_in, 1e-6), nn.GroupNorm(groups, c_out, 1e-6)
@@ -480,6 +483,8 @@ class AutoencoderKL(nn.Module):
 
 
 class TAESDBlock(nn.Module):
+    """Three convolutions and a way around them."""
+
     def __init__(self):
         super().__init__()
         convs = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)]
@@ -685,7 +690,7 @@ class Teacher(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Data: pictures, read once into a cache of uint8 that is memory-mapped.
+# Data: whatever --data names becomes one memory-mapped uint8 array, read once, in parallel, and kept in data/cache.
 
 DRAWN_FACES = 16_000  # size of the drawn set; the drawing never ends, but epochs and a held-out part need an end
 PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -695,10 +700,10 @@ FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44
 EYES = {"green": (70, 200, 84), "blue": (52, 148, 255), "amber": (255, 186, 32), "violet": (186, 88, 232)}
 BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 146, 190), "yellow": (255, 212, 52),
                "purple": (160, 122, 232), "teal": (44, 178, 184)}
-# A face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle of the head,
-# y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on each side. Of ear,
-# head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the whole face down.
-TRAITS = {
+TRAITS = {  # a face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle
+    # of the head, y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on
+    # each side. Of ear, head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the
+    # whole face down.
     "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
                 front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
                        ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
@@ -1706,6 +1711,8 @@ def load_model(path, args, device, rank, world):
     tensors, saved, data = read_model(path, "latent_dit.py")
     also = {"vae", "sample_steps", "cfg_scale", "cfg_interval", "sampler", "time_shift", "size"} - args.given
     adopt(args, saved, ARCHITECTURE + sorted(also), path)
+    if args.time_shift is None:
+        raise Stop(f"{path} does not say what --time_shift was; has it been edited?")
     if "time_shift" in also:
         args.time_shift *= max(1, args.size / saved.get("size", args.size))
     classes = data.get("classes") if isinstance(data, dict) else None
@@ -1837,14 +1844,13 @@ def train(args):
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
         record, last, stop = {}, step == args.steps, 0
-        due = step % args.eval_every == 0 and (step > start or step == 0)  # at 0 the untrained network
-        evaluate = last or due
+        evaluate = last or step % args.eval_every == 0 and (step > start or step == 0)  # at 0 the untrained network
 
         # once in a while: read the loss off the device, and hear whether any rank was asked to stop
         if step > start and (step % log_every == 0 or evaluate or noted and world == 1):
             loss, stop = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, len(noted))])).tolist()
             loss, rate = loss / seen, seen * args.batch_size / (time.time() - clock)
-            if not loss < 100:  # nor a number; it begins at 2
+            if not loss < 100:  # also true of NaN; a network that has learnt nothing yet has a loss of about 2
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
             record.update(loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate)
             if peak:
@@ -1876,6 +1882,7 @@ def train(args):
         if last:
             break
 
+        # one step: data, noise and t from (seed, step); the loss, its gradient, AdamW, the moving average
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50)  # warm-up, while Adam's averages settle
         batch = train_batch(data, args, step, device, rank, world)
@@ -1898,6 +1905,28 @@ def train(args):
     sum_over_ranks(torch.zeros(1, device=device)).item()  # the others wait for the pictures
 
 
+def begin_pictures(out, rank, device):
+    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    part = out / "generated.part"
+    part.mkdir(parents=True, exist_ok=True)
+    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
+        old.unlink()
+    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
+    return part
+
+
+def publish(part, folder):
+    """Moves what was drawn into the folder, in place of the numbered pictures there -> how many those were."""
+    folder.mkdir(exist_ok=True)
+    earlier = sorted(folder.glob("[0-9]" * 6 + ".png"))
+    for old in earlier:  # a larger earlier set must not mix with this one
+        old.unlink()
+    for new in part.iterdir():
+        os.replace(new, folder / new.name)
+    part.rmdir()
+    return len(earlier)
+
+
 def sample_only(args):
     """--sample N --ckpt FILE: pictures from a finished model, as generated/000000.png ... and one grid."""
     device, rank, world = setup(args)
@@ -1908,11 +1937,7 @@ def sample_only(args):
     if args.label is not None and args.label not in names:
         raise Stop(f"--label {args.label} is no class of {args.ckpt}: " + (", ".join(classes)[:200] or "it has none"))
     n, out = args.sample, Path(args.out)
-    (out / "generated").mkdir(parents=True, exist_ok=True)
-    earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png")) if rank == 0 else []
-    for old in earlier:  # a larger earlier set must not mix with this one
-        old.unlink()
-    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
+    part = begin_pictures(out, rank, device)
     began, mine = time.time(), np.array_split(np.arange(n), world)[rank]
     shape = (vae.channels, args.size // vae.factor, args.size // vae.factor)
     side = shape[1] // args.patch_size
@@ -1922,11 +1947,12 @@ def sample_only(args):
         y = torch.as_tensor(labels, device=device) if args.class_cond else None
         x = to_uint8(generate(model, vae, args, next(image_noise(args.seed, i, shape, device)), y))
         for j, picture in zip(i, x):
-            Image.fromarray(picture).save(out / f"generated/{j:06d}.png")
+            Image.fromarray(picture).save(part / f"{j:06d}.png")
         if i[0] == 0:
             save_png(out / "generated.png", tile(x, max(1, int(len(x) ** 0.5))))
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
+        earlier = publish(part, out / "generated")
         how = f"{args.sampler}, {args.sample_steps} steps"
         if args.class_cond:
             first, last = args.cfg_interval
@@ -1935,7 +1961,7 @@ def sample_only(args):
         if side != model.grid:
             how += f"; trained at {model.grid * args.size // side} pixels: the further from that, the worse"
         print(f"{n} pictures in {out / 'generated'}"
-              + (f", in place of {len(earlier)} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
+              + (f", in place of {earlier} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{how}; {time.time() - began:.0f} s on {device} x {world}")
 
 

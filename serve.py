@@ -70,7 +70,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -78,7 +79,7 @@ def parse_args(argv=None):
 
     p = Parser(prog="serve.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
-    g = p.add_argument_group("model")
+    g = p.add_argument_group("model", "without --ckpt, the first of these that exists: " + ", ".join(DEFAULT_CKPTS))
     g.add_argument("--ckpt", metavar="FILE|FOLDER|OWNER/NAME", help="the model.safetensors to sample from")
     g.add_argument("--lora_dir", metavar="FOLDER", help="its .safetensors are LoRAs that requests can name")
     g.add_argument("--quant", choices=["int8", "nf4"], help="hold the frozen weights in 8 or 4 bits")
@@ -97,7 +98,8 @@ def parse_args(argv=None):
     g.add_argument("--max_size", type=int, help="pixels a side; unless given twice those of training")
     g.add_argument("--deadline", type=float, default=120, help="seconds after which a request is given up")
     g.add_argument("--connections", type=int, default=256, help="clients at the same time")
-    g = p.add_argument_group("output and system")
+    g = p.add_argument_group("output and system", "on a CPU --dtype auto is fp32 here, not bf16, so that pictures do "
+                             "not depend on their company")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="arithmetic of the network; what is trained is always fp32")
@@ -115,7 +117,7 @@ def check(args, error):
     if args.max_n > args.max_queue:
         error(f"--max_n {args.max_n} is more than --max_queue {args.max_queue}, and so could never be had")
     if not 0 < args.deadline < 2 ** 31:
-        error("--deadline has to lie between 0 and 2^31 seconds")
+        error("--deadline has to be more than 0 seconds and less than 2^31")
     if not 0 <= args.port < 65536:
         error("--port has to lie between 0 and 65535")
     args.api_key = args.api_key or os.environ.get("SERVE_API_KEY") or None
@@ -377,11 +379,11 @@ class Model:
         picture.z = noise * self.init_noise_sigma(picture.times[0])
 
     def init_noise_sigma(self, t):
-        """Of the noise that a picture begins with."""
+        """The standard deviation of the noise that a picture begins with."""
         return 1.0
 
     def clip(self, x0):
-        """What of an estimate of x0 can be."""
+        """An estimate of x0, limited to the range of the data; here there is no limit."""
         return x0
 
     def warm_up(self, max_batch):
@@ -502,8 +504,8 @@ class TextModel(Model):
             raise Stop(f"{path} was trained with another {'--vae' if same else 'text encoder'}")
         load_weights(self.network, {k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
         self.network, self.vae = self.settle(self.network), self.settle(self.vae)
-        for layer in [k for k, m in self.network.named_modules() if isinstance(m, nn.Linear) and "blocks" in k]:
-            if args.quant:
+        if args.quant:
+            for layer in [k for k, m in self.network.named_modules() if isinstance(m, nn.Linear) and "blocks" in k]:
                 quantise(self.network, layer, args.quant)
         self.parts = {"transformer": self.network}
 
@@ -1092,6 +1094,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(404, f"there is nothing at {self.where[:100]}; /openapi.json tells what there is")
         if method != {"HEAD": "GET"}.get(self.command, self.command):
             raise Refused(405, f"{self.where} takes {method}", headers={"Allow": method})
+        if self.command == "POST" and self.headers.get_content_type() != "application/json":
+            raise Refused(415, "Content-Type has to be application/json")  # a page of another origin cannot send that
         if self.where not in OPEN and not self.where.startswith(FILES) and server.args.api_key:
             scheme, _, key = self.headers.get("Authorization", "").partition(" ")
             right = hmac.compare_digest(key.encode("latin-1"), server.args.api_key.encode())
@@ -1209,8 +1213,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                      **{"Cross-Origin-Resource-Policy": "cross-origin"})  # for <img> on the pages of other servers
 
     def generations(self, body):
-        if self.headers.get_content_type() != "application/json":  # a page of another origin cannot send this unasked
-            raise Refused(415, "Content-Type has to be application/json")
         asked = parse_json(body)
         job = make_job(asked, self.server.model, self.server.fields)
         job.id = self.id
@@ -1442,10 +1444,12 @@ function finish({f, img, caption}, body, event) {
 }
 
 async function draw() {
-  const body = asked(), cards = [];
+  const body = asked(), cards = [], focused = document.activeElement == $('go');
   for (let i = (body.n || 1) - 1; i >= 0; i--) cards[i] = card(body);  // the newest stand first
   stop = new AbortController();
-  $('go').disabled = true; $('stop').hidden = $('bar').hidden = false; $('bar').removeAttribute('value');
+  $('stop').hidden = $('bar').hidden = false; $('bar').removeAttribute('value');
+  if (focused) $('stop').focus();  // a button that is disabled loses it
+  $('go').disabled = true;
   say('Waiting for its turn.');
   if (innerWidth < 704) cards[0].f.scrollIntoView({block: 'center'});  // below the settings, on a phone
   let left = cards.length;
@@ -1477,9 +1481,11 @@ async function draw() {
     say('Done.');
   } catch (e) {
     for (const c of cards) if (c.f.classList.contains('under')) c.f.remove();
-    say(e.name == 'AbortError' ? 'Stopped.' : e.message, e.name != 'AbortError');
+    say(e.name == 'AbortError' ? 'Stopped.' : e instanceof TypeError ? silent : e.message, e.name != 'AbortError');
   }
-  $('go').disabled = false; $('stop').hidden = true; $('bar').hidden = true;
+  $('go').disabled = false;
+  if (document.activeElement == $('stop')) $('go').focus();
+  $('stop').hidden = $('bar').hidden = true;
 }
 
 $('form').onsubmit = event => { event.preventDefault(); if (!$('go').disabled) draw(); };
@@ -1492,13 +1498,14 @@ $('prompt').onkeydown = event => {
 };
 $('stop').onclick = () => stop.abort();
 $('lock').onsubmit = event => { event.preventDefault(); sessionStorage.setItem('key', $('key').value); begin(); };
-const begin = () => start().catch(e => say(e instanceof TypeError ? 'The server does not answer.' : e.message, true));
+const silent = 'The server does not answer.';  // fetch throws a TypeError then
+const begin = () => start().catch(e => say(e instanceof TypeError ? silent : e.message, true));
 begin();
 """
 
 PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>serve.py</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
+<title>Draw a picture</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
 <h1>Draw a picture<small id="name"></small></h1>
 <form id="lock" hidden><label for="key">API key</label><input id="key" type="password" autocomplete="off">
 <div class="bar"><button>Use it</button></div></form>
@@ -1515,7 +1522,8 @@ PAGE = f"""<!doctype html>
 <div class="row"><div><label for="n">Pictures</label><input id="n" type="number" min="1"></div>
 <div><label for="size">Size</label><select id="size"></select></div></div>
 <div class="row" id="loras" hidden><div><label for="lora">LoRA</label><select id="lora"></select></div>
-<div><label for="weight">LoRA weight</label><input id="weight" type="number" step="any" value="1"></div></div>
+<div><label for="weight">LoRA weight</label>
+<input id="weight" type="number" min="-10" max="10" step="any" value="1"></div></div>
 </form><section id="gallery" aria-label="Pictures"></section></main><script>{SCRIPT}</script></body></html>
 """.encode()
 PAGE_HASHES = ["sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -1667,6 +1675,8 @@ class Rerun(nn.Module):
 
 
 class SDAttention(nn.Module):
+    """Of x to itself, or to the tokens of the text."""
+
     def __init__(self, D, context, heads):
         super().__init__()
         self.heads, self.to_q = heads, nn.Linear(D, D, bias=False)
@@ -1729,6 +1739,8 @@ class SDTransformer(nn.Module):
 
 
 class SDResBlock(nn.Module):
+    """Two convolutions, told the time between them."""
+
     def __init__(self, c_in, c_out, emb, groups):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, c_in, 1e-5), nn.GroupNorm(groups, c_out, 1e-5)
@@ -2493,6 +2505,8 @@ def to_x0(out, xt, ab, pred):
 
 
 class KLResBlock(nn.Module):
+    """Two convolutions and a way around them."""
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, c_in, 1e-6), nn.GroupNorm(groups, c_out, 1e-6)
@@ -2739,6 +2753,7 @@ def find_file(base, *choices):
 
 
 def need_file(base, *choices):
+    """find_file, or Stop."""
     file = find_file(base, *choices)
     if file is None:
         raise Stop(f"{base} is incomplete: there is no {' or '.join(choices)}")
@@ -2757,6 +2772,7 @@ def weight_files(base, part, stem):
 
 
 def clip_vocabulary(base, part):
+    """The files of a CLIP tokenizer: vocabulary and merges, in two files or one, and two that may be missing."""
     files = [find_file(base, f"{part}/vocab.json"), find_file(base, f"{part}/merges.txt")]
     files = files if all(files) else [need_file(base, f"{part}/tokenizer.json", f"{part}/vocab.json"), None]
     return files + [find_file(base, f"{part}/{name}") for name in ("special_tokens_map.json", "tokenizer_config.json")]
@@ -3066,7 +3082,8 @@ def open_model(args):
     """The model of --ckpt and its LoRAs. Raises Stop."""
     name = args.ckpt or next((name for name in DEFAULT_CKPTS if Path(name).exists()), None)
     if name is None:
-        raise Stop("there is no model in out/ yet: python text2img.py trains one in ten minutes, or say --ckpt FILE")
+        raise Stop("there is no model in out/ yet: python text2img.py trains one in 10 to 20 minutes, or say --ckpt "
+                   "FILE")
     kinds = {"text2img.py": TextModel, "latent_dit.py": LatentModel, "cfm_images.py": PixelModel,
              "ddpm_images.py": PixelModel}
     if Path(name).is_file():

@@ -81,7 +81,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, sentence):  # argparse would print the whole usage first
@@ -111,25 +112,25 @@ def parse_args(argv=None):
     g.add_argument("--grad_checkpoint", action=flag, default=False,
                    help="compute activations a second time instead of keeping them: less memory, a third more work")
     g = p.add_argument_group("flow")
-    g.add_argument("--time_shift", type=float, help="more than 1: more of the times where there is much noise, in "
-                   "training and sampling; unless given the root of (numbers in a latent / 4096), at least 1")
+    g.add_argument("--time_shift", type=float, help="above 1: more of the times at high noise, in training and "
+                   "sampling; unless given sqrt(numbers in a latent / 4096), at least 1")
     g = p.add_argument_group("training")
-    g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes and times; by device unless given")
+    g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes, settings; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch_size", type=int, help="training examples per step, on all devices together")
     g.add_argument("--accum", type=int, default=1, help="parts that each batch is split into, to save memory")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     g.add_argument("--ema_decay", type=float, help="decay of the averaged weights, the ones that are sampled from")
     g.add_argument("--eval_every", type=int, help="steps from one validation, sample grid and checkpoint to the next")
-    g.add_argument("--resume", metavar="FILE", help="go on from this ckpt.pt")
+    g.add_argument("--resume", metavar="FILE", help="continue the training run of this ckpt.pt")
     g = p.add_argument_group("sampling")
     g.add_argument("--ckpt", metavar="FILE", help="the model.safetensors to sample from")
     g.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw; several, or a .txt file with one a line")
     g.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to keep away from, by guidance")
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--init_image", metavar="FILE", help="begin with this picture instead of noise")
-    g.add_argument("--strength", type=float, help="the t from which --init_image is drawn anew, 0: from itself, "
-                   "1: from noise alone; unless given 0.6, and 1 with --mask")
+    g.add_argument("--strength", type=float, help="how much of --init_image is drawn anew, from 0, nothing, to 1, "
+                   "all: the t at which drawing begins; unless given 0.6, and 1 with --mask")
     g.add_argument("--mask", metavar="FILE", help="as large as --init_image: only what is white in it is drawn anew")
     g.add_argument("--interpolate", type=int, metavar="FRAMES",
                    help="in place of pictures a GIF from each prompt to the next, of --sample noises side by side")
@@ -155,7 +156,7 @@ def parse_args(argv=None):
 
 def check(args, error):
     """Calls error(sentence) for settings that cannot be, given by hand or found in a checkpoint."""
-    for name in "size patch_size vae_steps steps batch_size accum eval_every sample_steps sample interpolate".split():
+    for name in "size patch_size vae_steps steps batch_size accum eval_every sample_steps sample".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             error(f"--{name} has to be at least 1")
     for name in "lr ema_decay cfg_scale seed".split():
@@ -164,7 +165,7 @@ def check(args, error):
             error(f"--{name} has to lie between 0 and {'1' if top == 1 else '2^63'}")
     if args.time_shift is not None and not 0.01 <= args.time_shift <= 100:
         error("--time_shift has to lie between 0.01 and 100")
-    if args.interpolate == 1:
+    if args.interpolate is not None and args.interpolate < 2:
         error("--interpolate takes at least 2 frames")
     if args.strength is not None and not 0 <= args.strength <= 1:
         error("--strength has to lie between 0 and 1")
@@ -710,6 +711,8 @@ def text_batch(tokens, k, device):
 
 
 class KLResBlock(nn.Module):
+    """Two convolutions and a way around them."""
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, c_in, 1e-6), nn.GroupNorm(groups, c_out, 1e-6)
@@ -803,6 +806,8 @@ class AutoencoderKL(nn.Module):
 
 
 class TAESDBlock(nn.Module):
+    """Three convolutions and a way around them."""
+
     def __init__(self):
         super().__init__()
         convs = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)]
@@ -936,7 +941,10 @@ BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 
                "purple": (160, 122, 232), "teal": (44, 178, 184)}
 
 
-TRAITS = {
+TRAITS = {  # a face is a list of blobs (colour, x, y, rx, ry, tilt=0, tip=0): lengths in half-pictures from the middle
+    # of the head, y down, tilt in degrees clockwise; tip 0 is an ellipse, 1 a drop that points up. x > 0 means one on
+    # each side. Of ear, head and muzzle the colour is known. back lies beneath the head, front upon it; drop moves the
+    # whole face down.
     "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
                 front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
                        ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
@@ -2146,7 +2154,7 @@ def train(args):
     amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     log_every = max(1, min(50, args.steps // 50))
     prompts = list(dict.fromkeys(data.text_of[i][0] for i in data.val))  # held-out captions, for all that is shown
-    peak, flops = peak_flops(device), 3 * raw_model.flops(*shape[1:], data.tokens.longest)  # forward, twice backward
+    peak, flops = peak_flops(device), 3 * raw_model.flops(*shape[1:], data.tokens.longest)  # forward, 2 x backward
     log = begin_log(out, start, resumed=own_folder) if rank == 0 else []
     began -= log[-1]["seconds"] if log else 0  # a resumed run counts on
     say(f"{sum(p.numel() for p in ema.parameters()) / 1e6:.1f}M parameters; {args.vae} latents "
@@ -2193,14 +2201,13 @@ def train(args):
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to evaluate the last
         record, last, stop = {}, step == args.steps, 0
-        due = step % args.eval_every == 0 and (step > start or step == 0)  # at 0 the untrained network
-        evaluate = last or due
+        evaluate = last or step % args.eval_every == 0 and (step > start or step == 0)  # at 0 the untrained network
 
         # once in a while: read the loss off the device, and hear whether any rank was asked to stop
         if step > start and (step % log_every == 0 or evaluate or noted and world == 1):
             loss, stop = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, len(noted))])).tolist()
             loss, rate = loss / seen, seen * args.batch_size / (time.time() - clock)
-            if not loss < 100:  # nor a number; it begins at 2
+            if not loss < 100:  # also true of NaN; a network that has learnt nothing yet has a loss of about 2
                 raise Stop(f"the loss is {loss:.3g} at step {step}: training diverged at --lr {args.lr}; lower it", 1)
             record.update(loss=loss, lr=opt.param_groups[0]["lr"], img_per_s=rate)
             if peak:
@@ -2232,6 +2239,7 @@ def train(args):
         if last:
             break
 
+        # one step: data, noise and t from (seed, step); the loss, its gradient, AdamW, the moving average
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50)  # warm-up, while Adam's averages settle
         batch = train_batch(data, args, step, device, rank, world)
@@ -2298,6 +2306,28 @@ def read_prompts(given):
     return prompts
 
 
+def begin_pictures(out, rank, device):
+    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    part = out / "generated.part"
+    part.mkdir(parents=True, exist_ok=True)
+    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
+        old.unlink()
+    sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
+    return part
+
+
+def publish(part, folder):
+    """Moves what was drawn into the folder, in place of the numbered pictures there -> how many those were."""
+    folder.mkdir(exist_ok=True)
+    earlier = sorted(folder.glob("[0-9]" * 6 + ".png"))
+    for old in earlier:  # a larger earlier set must not mix with this one
+        old.unlink()
+    for new in part.iterdir():
+        os.replace(new, folder / new.name)
+    part.rmdir()
+    return len(earlier)
+
+
 def sample_only(args):
     """--ckpt FILE with --prompt or --sample: pictures as generated/000000.png ..., what each was told in
     metadata.jsonl, and one grid; or with --interpolate a GIF. Prompts take turns; with --prompt the first picture of
@@ -2320,14 +2350,10 @@ def sample_only(args):
     def draw(noise, text, text_null):
         x = generate(model, vae, args, noise, text, text_null, z0=z0, mask=mask)
         if not x.isfinite().all():
-            raise Stop(f"{args.ckpt} draws what are no numbers; was its training sound?", 1)
+            raise Stop(f"{args.ckpt} draws NaN or infinity; did its training diverge?", 1)
         return to_uint8(x if mask is None else torch.where(white, x.float(), picture))  # the rest as it was
 
-    part = out / "generated.part"  # what was drawn before stays until all is there
-    part.mkdir(parents=True, exist_ok=True)
-    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
-        old.unlink()
-    sum_over_ranks(torch.zeros(1, device=device)).item()
+    part = begin_pictures(out, rank, device)
     if args.interpolate:
         C, frames = args.sample or 4, []  # pictures side by side
         share = torch.linspace(0, 1, args.interpolate, device=device).repeat_interleave(C)
@@ -2359,13 +2385,7 @@ def sample_only(args):
         about = {k: getattr(args, k) for k in "negative_prompt seed cfg_scale sample_steps sampler ckpt".split()}
         lines = [json.dumps(dict(file_name=f"{j:06d}.png", text=prompts[j % P], **about)) + "\n" for j in range(n)]
         write_atomically(part / "metadata.jsonl", lambda f: f.write("".join(lines).encode()))
-        (out / "generated").mkdir(exist_ok=True)
-        earlier = sorted(out.glob(f"generated/{'[0-9]' * 6}.png"))
-        for old in earlier:  # a larger earlier set must not mix with this one
-            old.unlink()
-        for new in part.iterdir():
-            os.replace(new, out / "generated" / new.name)
-        part.rmdir()
+        earlier = publish(part, out / "generated")
         save_png(out / "generated.png", grid)
         first, last = args.cfg_interval
         how = f"{args.sampler}, {args.sample_steps} steps, --cfg_scale {args.cfg_scale} from t = {first} to {last}"
@@ -2374,7 +2394,7 @@ def sample_only(args):
         if side != model.grid:
             how += f"; trained at {model.grid * args.size // side} pixels: the further from that, the worse"
         print(f"{n} pictures of {P} prompts in {out / 'generated'}"
-              + (f", in place of {len(earlier)} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
+              + (f", in place of {earlier} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{how}; {time.time() - began:.0f} s on {device} x {world}")
 
 

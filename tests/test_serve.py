@@ -614,13 +614,19 @@ def test_what_a_server_tells_of_itself(server):
     assert all(re.fullmatch(r'serve_\w+(\{path="[\w/.]+"(,status="\d+")?\})?', name) for name in found)
 
 
-def test_the_log(server, capsys):
+def test_the_log(server, capsys, monkeypatch):
     server.draw("a secret", num_inference_steps=2, seed=4)
     server.until(lambda: not server.server.open_requests)
     time.sleep(0.05)
     line = next(json.loads(line) for line in capsys.readouterr().out.splitlines() if "generations" in line)
     assert line["status"] == 200 and line["seed"] == 4 and line["num_inference_steps"] == 2 and line["ms"] >= 0
     assert "secret" not in json.dumps(line)
+    monkeypatch.setattr(server.args, "log_prompts", True)
+    server.draw("no secret", num_inference_steps=2)
+    server.until(lambda: not server.server.open_requests)
+    time.sleep(0.05)
+    line = next(json.loads(line) for line in capsys.readouterr().out.splitlines() if "generations" in line)
+    assert line["prompt"] == "no secret"
 
 
 # Overload, hang-ups, slowness, failure
