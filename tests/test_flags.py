@@ -14,14 +14,17 @@ def trained(module, out, *flags):
 
 
 @each
-def test_compile_and_seed(script, tmp_path, monkeypatch):
+def test_compile_seed_and_ema_decay(script, tmp_path, monkeypatch):
     """The network is one graph that gives the same, by the part of the compiler before C++; another seed another."""
     monkeypatch.chdir(tmp_path)
     module, compile = importlib.import_module(script), torch.nn.Module.compile
     monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
     monkeypatch.setattr(module, "sample_only", lambda args: None)
-    plain, other = trained(module, "plain"), trained(module, "other", "--seed", "1")
+    plain, other = trained(module, "plain"), trained(module, "other", "--seed", "1", "--ema_decay", "0")
     assert any(not torch.equal(plain[k], other[k]) for k in plain)
+    raw = {out: torch.load(f"{out}/ckpt.pt", weights_only=True)["model"] for out in ("plain", "other")}
+    assert all(torch.equal(raw["other"][k], other[k]) for k in raw["other"]), "--ema_decay 0: no average"
+    assert any(not torch.equal(raw["plain"][k], plain[k]) for k in raw["plain"])
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(compile(
         self, backend="aot_eager", fullgraph=True)))
