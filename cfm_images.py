@@ -1626,11 +1626,12 @@ def train(args):
 
 
 def begin_pictures(out, rank, device):
-    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    """-> out/generated.part, not there yet: what was drawn before stays in out/generated until all is there."""
     part = out / "generated.part"
-    part.mkdir(parents=True, exist_ok=True)
-    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
-        old.unlink()
+    if rank == 0 and part.exists():  # of a run that was stopped
+        for old in part.iterdir():
+            old.unlink()
+        part.rmdir()
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     return part
 
@@ -1680,6 +1681,7 @@ def sample_only(args):
             grid, columns = torch.stack([x0, eps, x], 1).flatten(0, 1), 9
             found.append(found_again)
         calls.add(nfe)
+        part.mkdir(parents=True, exist_ok=True)
         for j, picture in zip(i, to_uint8(x)):
             Image.fromarray(picture).save(part / f"{j:06d}.png")
         if i[0] == 0:

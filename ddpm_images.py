@@ -1311,11 +1311,12 @@ def train(args):
 
 
 def begin_pictures(out, rank, device):
-    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    """-> out/generated.part, not there yet: what was drawn before stays in out/generated until all is there."""
     part = out / "generated.part"
-    part.mkdir(parents=True, exist_ok=True)
-    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
-        old.unlink()
+    if rank == 0 and part.exists():  # of a run that was stopped
+        for old in part.iterdir():
+            old.unlink()
+        part.rmdir()
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     return part
 
@@ -1367,6 +1368,7 @@ def sample_only(args):
         x0 = None if pictures is None else load_pictures(pictures, i, device)
         cond = make_condition(args.condition, x0)
         x = generate(model, args, alpha_bar, i, device, y, cond)
+        part.mkdir(parents=True, exist_ok=True)
         for j, picture in zip(i, to_uint8(x)):
             Image.fromarray(picture).save(part / f"{j:06d}.png")
         if i[0] == 0:

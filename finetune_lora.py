@@ -3254,11 +3254,12 @@ def split_lora(text):
 
 
 def begin_pictures(out, rank, device):
-    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    """-> out/generated.part, not there yet: what was drawn before stays in out/generated until all is there."""
     part = out / "generated.part"
-    part.mkdir(parents=True, exist_ok=True)
-    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
-        old.unlink()
+    if rank == 0 and part.exists():  # of a run that was stopped
+        for old in part.iterdir():
+            old.unlink()
+        part.rmdir()
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     return part
 
@@ -3313,6 +3314,7 @@ def sample_only(args):
     for i in tqdm([mine[k:k + 64] for k in range(0, len(mine), 64)], "sampling", disable=True if rank else None):
         noise = next(image_noise(args.seed, i // P, base.shape(), device))
         x = generate(base, noise, pick(text, i % P), pick(text_null, [0] * len(i)), amp)
+        part.mkdir(parents=True, exist_ok=True)
         for j, drawn in zip(i, x):
             write_atomically(part / f"{j:06d}.png", lambda f: Image.fromarray(drawn).save(f, "PNG"))
         if i[0] == 0:

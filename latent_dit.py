@@ -1906,11 +1906,12 @@ def train(args):
 
 
 def begin_pictures(out, rank, device):
-    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    """-> out/generated.part, not there yet: what was drawn before stays in out/generated until all is there."""
     part = out / "generated.part"
-    part.mkdir(parents=True, exist_ok=True)
-    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
-        old.unlink()
+    if rank == 0 and part.exists():  # of a run that was stopped
+        for old in part.iterdir():
+            old.unlink()
+        part.rmdir()
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     return part
 
@@ -1946,6 +1947,7 @@ def sample_only(args):
         labels = (i if args.label is None else np.full(len(i), names.index(args.label))) % len(classes)
         y = torch.as_tensor(labels, device=device) if args.class_cond else None
         x = to_uint8(generate(model, vae, args, next(image_noise(args.seed, i, shape, device)), y))
+        part.mkdir(parents=True, exist_ok=True)
         for j, picture in zip(i, x):
             Image.fromarray(picture).save(part / f"{j:06d}.png")
         if i[0] == 0:

@@ -2307,11 +2307,12 @@ def read_prompts(given):
 
 
 def begin_pictures(out, rank, device):
-    """-> the empty folder out/generated.part: what was drawn before stays in out/generated until all is there."""
+    """-> out/generated.part, not there yet: what was drawn before stays in out/generated until all is there."""
     part = out / "generated.part"
-    part.mkdir(parents=True, exist_ok=True)
-    for old in part.glob("*") if rank == 0 else ():  # of a run that was stopped
-        old.unlink()
+    if rank == 0 and part.exists():  # of a run that was stopped
+        for old in part.iterdir():
+            old.unlink()
+        part.rmdir()
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for that; without .item() NCCL would not
     return part
 
@@ -2366,7 +2367,7 @@ def sample_only(args):
             frames += [caption_rows([x[i:i + C]], [prompts[k + (share[i].item() > 0.5)]])
                        for i in range(first, len(x), C)]
         if rank == 0:
-            part.rmdir()
+            out.mkdir(parents=True, exist_ok=True)
             save_gif(out / "interpolation.gif", frames)
             print(f"{len(frames)} frames in {out / 'interpolation.gif'}; {time.time() - began:.0f} s on {device}")
         return
@@ -2376,6 +2377,7 @@ def sample_only(args):
     for i in tqdm([mine[k:k + 64] for k in range(0, len(mine), 64)], "sampling", disable=True if rank else None):
         noise = next(image_noise(args.seed, i // P if args.prompt else i, shape, device))
         x = draw(noise, *(text_batch(tokens, k, device) for k in (i % P, np.full(len(i), P))))
+        part.mkdir(parents=True, exist_ok=True)
         for j, drawn in zip(i, x):
             Image.fromarray(drawn).save(part / f"{j:06d}.png")
         if i[0] == 0:
