@@ -121,6 +121,9 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
+    for name in "steps batch_size lr ema_decay coupling coupling_size sigma".split():
+        if args.sample and name in args.given:
+            error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if sum(map(bool, (args.sample, args.oracle, args.from_ddpm))) > 1:
         error("--sample, --oracle and --from_ddpm exclude one another")
     if args.resume and (args.oracle or args.from_ddpm) or args.sample and args.reflow:
@@ -134,6 +137,10 @@ def check(args, error):
         error("--meanflow needs straight lines, and --coupling sinkhorn walks along random bridges")
     if args.meanflow and "sampler" in args.given:
         error("--sampler solves for a path; a model of --meanflow knows its ends, so say only --sample_steps")
+    if "sigma" in args.given and args.coupling != "sinkhorn" and not args.resume:
+        error("--sigma is for --coupling sinkhorn alone")
+    if "coupling_size" in args.given and args.coupling == "independent" and not args.resume:
+        error("--coupling_size is for --coupling ot and sinkhorn")
     for name, choices in (("coupling", COUPLINGS), ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")
@@ -834,7 +841,8 @@ def report(model, target, source, args, device, true=None):
         floor["nll"] = [-target.mixture(at, 1.0)[0].mean().item(), 0.0]
     print(f"{'':12}{'samples':>12}{'floor':>12}   ({N} points, NFE {nfe}; the floor: 5 times {N} true ones)")
     for k in result:
-        print(f"{k:12}{result[k]:12.4f}{floor[k][0]:12.4f} +- {floor[k][1]:.4f}")
+        deviation = "the truth's" if k == "nll" else f"+- {floor[k][1]:.4f}"
+        print(f"{k:12}{result[k]:12.4f}{floor[k][0]:12.4f} {deviation}")
 
     few = {}
     for sampler, steps in [("euler", 1), ("euler", 2), ("euler", 4), ("euler", 16), ("euler", 64), ("midpoint", 8),

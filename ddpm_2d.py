@@ -112,6 +112,9 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
+    for name in "steps batch_size lr ema_decay".split():
+        if args.sample and name in args.given:
+            error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if args.oracle and (args.sample or args.resume):
         error("--oracle needs no model: leave out --sample and --resume")
     for name, choices in (("schedule", SCHEDULES), ("pred", PREDICTIONS), ("sampler", SAMPLERS)):
@@ -691,7 +694,8 @@ def report(model, pred, target, args, alpha_bar):
         floor["nll"] = [-target.mixture(at, alpha_bar[0].item())[0].mean().item(), 0.0]
     print(f"{'':12}{'samples':>12}{'floor':>12}   ({N} points; the floor: 5 times {N} true ones)")
     for k in result:
-        print(f"{k:12}{result[k]:12.4f}{floor[k][0]:12.4f} +- {floor[k][1]:.4f}")
+        deviation = "the truth's" if k == "nll" else f"+- {floor[k][1]:.4f}"
+        print(f"{k:12}{result[k]:12.4f}{floor[k][0]:12.4f} {deviation}")
     errors = score_error(model, pred, target, alpha_bar)
     print("squared error of the score, relative, by t: " + "  ".join(f"{t}: {e:.1e}" for t, e in errors.items()))
     return dict(measures=result, floor=floor, score_error=errors)
@@ -705,14 +709,14 @@ def show(out, model, pred, target, args, alpha_bar, snapshots):
     save_png(out / "forward.png", np.concatenate(
         [panel(add_noise(x0, eps, alpha_bar[t].item()), wheel(x0), f"t = {t}") for t in levels], 1))
 
-    path = []
+    track = []
     def note(t, xt, x0):
-        path.append((t, xt.cpu().numpy(), x0.cpu().numpy()))
+        track.append((t, xt.cpu().numpy(), x0.cpu().numpy()))
     note(-1, x := draw(model, pred, N, args, alpha_bar, on_step=note), x)
-    colours, frames = wheel(path[-1][1]), []
-    for i in np.linspace(0, len(path) - 1, min(len(path), 40)).round().astype(int):
-        t, xt, guessed = path[i]
-        tails = [p[1][::16] for p in path[max(0, i - 30):i + 1]]
+    colours, frames = wheel(track[-1][1]), []
+    for i in np.linspace(0, len(track) - 1, min(len(track), 40)).round().astype(int):
+        t, xt, guessed = track[i]
+        tails = [p[1][::16] for p in track[max(0, i - 30):i + 1]]
         pair = (panel(xt, colours, "clean" if t < 0 else f"t = {t}: points", tails),
                 panel(guessed, colours, "where they are headed"))
         frames.append(np.concatenate(pair, 1))

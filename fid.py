@@ -62,6 +62,8 @@ MODES = ["legacy_tensorflow", "legacy_pytorch", "clean"]
 
 def parse_args(argv=None):
     """The settings. Wrong ones end the script with a sentence and status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
             return action.help if action.default is None else super()._get_help_string(action)
@@ -93,28 +95,32 @@ def parse_args(argv=None):
     g.add_argument("--batch", type=int, default=32, help="images at a time, on each device")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = p.parse_args(argv)
+    args.given = {a.dest for a in p._actions for o in a.option_strings for w in argv if w == o or w.startswith(o + "=")}
     args.metrics = [m.strip() for m in args.metrics.split(",")]
+    args.mode = args.mode or ("legacy_tensorflow" if args.network == "inception" else "clean")
+    check(args, p.error)
+    return args
+
+
+def check(args, error):
+    """Calls error(sentence) for settings that cannot be."""
     if not set(args.metrics) <= set(METRICS):
-        p.error(f"--metrics takes some of {','.join(METRICS)}")
+        error(f"--metrics takes some of {','.join(METRICS)}")
     for name in "num_images size batch".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name} has to be at least 1")
+            error(f"--{name} has to be at least 1")
     if args.generated is None and not args.stats:
-        p.error("name what is judged, too: fid.py REAL GENERATED; or say --stats FILE")
+        error("name what is judged, too: fid.py REAL GENERATED; or say --stats FILE")
     if args.stats and Path(args.stats).suffix != ".npz":
-        p.error("--stats has to end in .npz")
+        error("--stats has to end in .npz")
     if args.generated:
         a, b = Path(args.real).resolve(), Path(args.generated).resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
-            p.error(f"{args.real} and {args.generated} are the same, or one lies in the other: compare separate sets")
+            error(f"{args.real} and {args.generated} are the same, or one lies in the other: compare separate sets")
     if args.size and "drawn_faces" not in (args.real, args.generated):
-        p.error("--size is for drawn_faces; other images are taken as they are")
+        error("--size is for drawn_faces; other images are taken as they are")
     if args.weights and args.network == "random":
-        p.error("--network random has no weights: leave out --weights")
-    args.given = {a.dest for a in p._actions for o in a.option_strings for w in (sys.argv[1:] if argv is None else argv)
-                  if w == o or w.startswith(o + "=")}
-    args.mode = args.mode or ("legacy_tensorflow" if args.network == "inception" else "clean")
-    return args
+        error("--network random has no weights: leave out --weights")
 
 
 # -----------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def check(args, error):
     for name, top in dict(lr=1, ema_decay=1, lora_dropout=0.999, alpha=2 ** 31, min_snr=2 ** 31, cfg_scale=2 ** 31,
                           seed=2 ** 63).items():
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= top:
-            error(f"--{name} has to lie between 0 and {top}")
+            error(f"--{name} has to lie between 0 and {top if top <= 1 else f'2^{top.bit_length() - 1}'}")
     if not args.out:
         error("--out is the name of a folder")
     if Path(args.out).is_file():
@@ -174,6 +174,8 @@ def check(args, error):
         error("--sample N goes with --prompt TEXT")
     if args.sample and args.resume:
         error("--sample N draws, and --resume goes on training: one of them")
+    for name in sorted(args.given - {"sample", "smoke", *DRAWING}) if args.sample else ():
+        error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if not args.sample and len(args.lora) > 1:
         error("several --lora are for drawing, with --sample N; training goes on with one")
     for name in "rank alpha targets".split():
@@ -2884,6 +2886,8 @@ def open_base(args, rank, world, device):
         raise Stop("--format kohya is for Stable Diffusion and FLUX")
     if kind in ("text2img", "flux") and args.sampler != "euler":
         raise Stop(f"--sampler {args.sampler} is for Stable Diffusion; flows have euler")
+    if kind in ("text2img", "flux") and "min_snr" in args.given:
+        raise Stop("--min_snr is for Stable Diffusion; flows have no such weights")
     unit = base.factor * (2 if kind == "flux" else 8 if kind != "text2img" else base.model.patch)
     if args.size % unit:
         raise Stop(f"--size has to be a multiple of {unit}")

@@ -166,8 +166,19 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
+    for name in ("data flip steps batch_size accum lr ema_decay eval_every vae_steps repa repa_until "
+                 "grad_checkpoint").split():
+        if args.sample and name in args.given:
+            error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if args.label is not None and not args.sample:
         error("--label goes with --sample")
+    told = args.resume or args.ckpt  # what is not given by hand is taken from there
+    if "cfg_interval" in args.given and args.cfg_scale == 1 and not told:
+        error("--cfg_interval without --cfg_scale changes nothing")
+    if "vae_steps" in args.given and args.vae != "tiny" and not told:
+        error("--vae_steps is for --vae tiny alone")
+    if "repa_until" in args.given and not args.repa and not told:
+        error("--repa_until is for --repa alone")
     for name, choices in (("model", SIZES), ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")

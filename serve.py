@@ -2352,7 +2352,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, C // 32, 32, H * W)           # (B, 3, heads, 32, N)
         q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, N, 32) each
-        out = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, 32)
+        out = attend(q, k, v)                                                    # (B, heads, N, 32)
         return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))          # (B, C, H, W)
 
 

@@ -176,7 +176,7 @@ def check(args, error):
     drawing = bool(args.sample or args.prompt)
     if drawing != bool(args.ckpt) or drawing and args.resume:
         error("--ckpt FILE goes with --prompt TEXT or --sample N; to go on training use --resume")
-    for name in "data steps batch_size accum lr ema_decay eval_every vae_steps".split():
+    for name in "data flip steps batch_size accum lr ema_decay eval_every vae_steps grad_checkpoint".split():
         if drawing and name in args.given:
             error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     for name in "negative_prompt init_image interpolate".split():
@@ -185,6 +185,11 @@ def check(args, error):
     for name in "mask strength".split():
         if getattr(args, name) is not None and not args.init_image:
             error(f"--{name} goes with --init_image")
+    told = args.resume or args.ckpt  # what is not given by hand is taken from there
+    if "cfg_interval" in args.given and args.cfg_scale == 1 and not told:
+        error("--cfg_interval without --cfg_scale changes nothing")
+    if "vae_steps" in args.given and args.vae != "tiny" and not told:
+        error("--vae_steps is for --vae tiny alone")
     for name, choices in (("model", SIZES), ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")

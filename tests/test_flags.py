@@ -1,8 +1,13 @@
-"""Flags that all training scripts of pictures have, and that no other test sets."""
+"""Flags that several scripts have, and that no other test sets; flags that would do nothing; and that each is tested."""
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = "--smoke --data drawn_faces --device cpu --dtype fp32".split()
 each = pytest.mark.parametrize("script", ["ddpm_images", "cfm_images", "latent_dit", "text2img"])
@@ -14,13 +19,18 @@ def trained(module, out, *flags):
 
 
 @each
-def test_compile_seed_and_ema_decay(script, tmp_path, monkeypatch):
-    """The network is one graph that gives the same, by the part of the compiler before C++; another seed another."""
+def test_compile_seed_batch_size_and_ema_decay(script, tmp_path, monkeypatch):
+    """The network is one graph that gives the same, by the part of the compiler before C++; another seed another.
+    --batch_size is what a step sees in all, whatever --accum splits it into."""
     monkeypatch.chdir(tmp_path)
     module, compile = importlib.import_module(script), torch.nn.Module.compile
     monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
     monkeypatch.setattr(module, "sample_only", lambda args: None)
-    plain, other = trained(module, "plain"), trained(module, "other", "--seed", "1", "--ema_decay", "0")
+    plain, seen, batch = trained(module, "plain"), [], module.train_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_batch", lambda *more: seen.append(batch(*more)) or seen[-1])
+        other = trained(module, "other", *"--seed 1 --ema_decay 0 --batch_size 6 --accum 3".split())
+    assert [len(parts[0]) for parts in seen] == [6, 6]
     assert any(not torch.equal(plain[k], other[k]) for k in plain)
     raw = {out: torch.load(f"{out}/ckpt.pt", weights_only=True)["model"] for out in ("plain", "other")}
     assert all(torch.equal(raw["other"][k], other[k]) for k in raw["other"]), "--ema_decay 0: no average"
@@ -47,3 +57,123 @@ def test_flip(script, tmp_path, monkeypatch):
     same = [torch.equal(a, b) for a, b in zip(straight, mirrored)]
     assert len(batches) == 4 and 0 < sum(same) < len(same)
     assert all(a or torch.equal(x.flip(-1), y) for a, x, y in zip(same, straight, mirrored))
+
+
+@pytest.mark.parametrize("script", ["ddpm_2d", "cfm_2d"])
+def test_seed_and_ema_decay_in_the_plane(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "show", lambda *more, **how: None)
+    monkeypatch.setattr(module, "report", lambda *more, **how: {})
+    few = "--steps 3 --batch_size 8 --width 8 --depth 1 --features 4 --sample_steps 2 --device cpu".split()
+    made = {}
+    for out, flags in dict(plain=[], same=["--seed", "0"], other=["--seed", "1"], raw=["--ema_decay", "0"]).items():
+        assert module.main([*few, "--out", out, *flags]) == 0
+        made[out] = load_file(f"{out}/model.safetensors")
+    differ = {out for out in made if any(not torch.equal(made["plain"][k], made[out][k]) for k in made[out])}
+    assert differ == {"other", "raw"}
+    trained = torch.load("raw/ckpt.pt", weights_only=True)["model"]
+    assert all(torch.equal(trained[k], made["raw"][k]) for k in trained), "--ema_decay 0: no average"
+
+
+@pytest.mark.parametrize("script", ["ddpm_images", "cfm_images"])
+@pytest.mark.parametrize("attn, wanted", [(0, 1), (4, 3), (8, 5)])
+def test_attn(script, attn, wanted):
+    """Self-attention in the blocks whose side is at most --attn (here of sides 8 and 4, one down and one up), and always
+    in the middle."""
+    module = importlib.import_module(script)
+    model = module.build_model(module.parse_args([*SMALL, "--attn", str(attn)]), 8)
+    assert sum(isinstance(m, module.Attention) for m in model.modules()) == wanted
+
+
+@each
+def test_preset(script):
+    """--preset gpu on a CPU: its settings, but for those given by hand."""
+    module = importlib.import_module(script)
+    args = vars(module.parse_args("--preset gpu --device cpu --width 64 --lr 0.5".split() if script.endswith("images") else
+                                  "--preset gpu --device cpu --model S --lr 0.5".split()))
+    by_hand = {"width", "model", "lr"}
+    wanted = {k: v for k, v in module.PRESETS["gpu"].items() if k not in by_hand}
+    assert len(wanted) > 5 and args["lr"] == 0.5 and (args.get("width") == 64 or args.get("model") == "S")
+    differ = {k for k, v in wanted.items() if args[k] != v} - {"mults"}
+    assert not differ, differ
+
+
+@pytest.mark.parametrize("script, flag", [("cfm_images", "--shift"), ("latent_dit", "--time_shift"), ("text2img", "--time_shift")])
+def test_shift(script, flag, tmp_path, monkeypatch):
+    """Every grid of times that a run solves along is shifted so; of a transformer also the times it is trained at."""
+    monkeypatch.chdir(tmp_path)
+    module, seen = importlib.import_module(script), []
+    monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
+    for name in {"time_grid", "logit_normal"} & set(vars(module)):
+        monkeypatch.setattr(module, name, lambda n, shift, *more, real=getattr(module, name), name=name: seen.append(
+            (name, shift)) or real(n, shift, *more))
+    trained(module, "out", flag, "2.5")
+    assert set(seen) == {("time_grid", 2.5)} | ({("logit_normal", 2.5)} if script != "cfm_images" else set())
+
+
+@pytest.mark.parametrize("script", ["ddpm_images", "cfm_images", "latent_dit"])
+def test_earlier_pictures_stay_until_the_new_ones_are_there(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, folder = importlib.import_module(script), Path("out/generated")
+    monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
+    trained(module, "out")  # draws 4
+
+    def pictures():
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+    def stop(*more, **how):
+        raise KeyboardInterrupt
+    before, publish = pictures(), module.publish
+    again = "--sample 2 --ckpt out/model.safetensors --seed 1 --device cpu".split()
+    monkeypatch.setattr(module, "publish", stop)
+    assert module.main(again) == 130 and len(before) == 4 and pictures() == before
+    assert len(list(Path("out/generated.part").iterdir())) == 2
+    monkeypatch.setattr(module, "publish", publish)
+    assert module.main(again) == 0 and len(pictures()) == 2 and not Path("out/generated.part").exists()
+    assert all(before[name] != new for name, new in pictures().items())
+
+
+DRAW = "--sample 4 --ckpt model.safetensors"
+LORA = "--sample 4 --prompt x --lora lora.safetensors"
+WITHOUT_EFFECT = [
+    ("ddpm_2d", f"{DRAW} --steps 5", "--steps is for training; for drawing say --sample_steps"),
+    ("ddpm_2d", f"{DRAW} --lr 1", "--lr is for training"),
+    ("cfm_2d", f"{DRAW} --coupling ot", "--coupling is for training"),
+    ("cfm_2d", "--sigma 0.1 --coupling ot", "--sigma is for --coupling sinkhorn alone"),
+    ("cfm_2d", "--coupling_size 64", "--coupling_size is for --coupling ot and sinkhorn"),
+    ("ddpm_images", f"{DRAW} --no-flip", "--flip is for training"),
+    ("ddpm_images", f"{DRAW} --min_snr=1", "--min_snr is for training"),
+    ("cfm_images", f"{DRAW} --data drawn_faces", "--data is for training"),
+    ("cfm_images", "--from_ddpm model.safetensors --times uniform", "--times is for training"),
+    ("cfm_images", "--pairs 64", "--pairs is for --reflow alone"),
+    ("latent_dit", f"{DRAW} --repa", "--repa is for training"),
+    ("latent_dit", f"{DRAW} --grad_checkpoint", "--grad_checkpoint is for training"),
+    ("latent_dit", "--repa_until 5", "--repa_until is for --repa alone"),
+    ("latent_dit", "--vae none --vae_steps 5", "--vae_steps is for --vae tiny alone"),
+    ("latent_dit", "--cfg_scale 1 --cfg_interval 0 0.5", "--cfg_interval without --cfg_scale changes nothing"),
+    ("text2img", f"{DRAW} --grad_checkpoint", "--grad_checkpoint is for training"),
+    ("text2img", "--vae none --vae_steps 5", "--vae_steps is for --vae tiny alone"),
+    ("text2img", "--cfg_scale 1 --cfg_interval 0 0.5", "--cfg_interval without --cfg_scale changes nothing"),
+    ("finetune_lora", f"{LORA} --steps 5", "--steps is for training; for drawing say --sample_steps"),
+    ("finetune_lora", f"{LORA} --rank 2", "--rank is for training"),
+    ("finetune_lora", f"{LORA} --min_snr 2", "--min_snr is for training")]
+
+
+@pytest.mark.parametrize("script, line, sentence", WITHOUT_EFFECT)
+def test_a_flag_without_effect_is_refused(script, line, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as e:
+        module.parse_args([*line.split(), "--device", "cpu"])
+    assert e.value.code == 2 and f"{script}.py: {sentence}; --help" in capsys.readouterr().err
+
+
+def test_each_flag_is_set_by_a_test():
+    """By one of the script's own, or by one of this file that is run with it."""
+    here = Path(__file__).read_text()
+    for file in sorted(ROOT.glob("*.py")):
+        own = "".join(test.read_text() for test in sorted((ROOT / "tests").glob(f"test_{file.stem}*.py")))
+        tests = own + (here if file.stem in here else "")
+        flags = re.findall(r'(?<!early)\.add_argument\("--(\w+)', file.read_text())
+        missing = [flag for flag in flags if not re.search(rf"--(no-)?{flag}\b", tests)]
+        assert flags and not missing, f"{file.name}: no test sets --{', --'.join(missing)}"

@@ -621,7 +621,7 @@ def test_the_log(server, capsys, monkeypatch):
     line = next(json.loads(line) for line in capsys.readouterr().out.splitlines() if "generations" in line)
     assert line["status"] == 200 and line["seed"] == 4 and line["num_inference_steps"] == 2 and line["ms"] >= 0
     assert "secret" not in json.dumps(line)
-    monkeypatch.setattr(server.args, "log_prompts", True)
+    monkeypatch.setattr(server.args, "log_prompts", mm.parse_args(["--log_prompts"]).log_prompts)
     server.draw("no secret", num_inference_steps=2)
     server.until(lambda: not server.server.open_requests)
     time.sleep(0.05)
