@@ -121,9 +121,6 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
-    for name in "steps batch_size lr ema_decay coupling coupling_size sigma".split():
-        if args.sample and name in args.given:
-            error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if sum(map(bool, (args.sample, args.oracle, args.from_ddpm))) > 1:
         error("--sample, --oracle and --from_ddpm exclude one another")
     if args.resume and (args.oracle or args.from_ddpm) or args.sample and args.reflow:
@@ -131,12 +128,15 @@ def check(args, error):
     plain = args.source == "gaussian" and args.coupling == "independent" and not args.meanflow
     if (args.oracle or args.from_ddpm) and not plain:
         error("--oracle and --from_ddpm: known for independent gaussian noise only, and not for --meanflow")
+    for name in "steps batch_size lr ema_decay coupling coupling_size sigma".split():
+        if (args.sample or args.oracle or args.from_ddpm) and name in args.given:
+            error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if args.reflow and (args.coupling != "independent" or args.oracle or args.from_ddpm):
         error("--reflow trains on pairs of its own: leave out --coupling, --oracle and --from_ddpm")
     if args.meanflow and args.coupling == "sinkhorn":
         error("--meanflow needs straight lines, and --coupling sinkhorn walks along random bridges")
     if args.meanflow and "sampler" in args.given:
-        error("--sampler solves for a path; a model of --meanflow knows its ends, so say only --sample_steps")
+        error("a model of --meanflow knows where paths end: leave out --sampler, say --sample_steps")
     if "sigma" in args.given and args.coupling != "sinkhorn" and not args.resume:
         error("--sigma is for --coupling sinkhorn alone")
     if "coupling_size" in args.given and args.coupling == "independent" and not args.resume:
@@ -996,7 +996,8 @@ def train(args):
             data=json.dumps(dict(name=args.data, step=step))))
 
     own_folder = state is not None and Path(args.resume).resolve().parent == out.resolve()
-    begin_log(out, start, resumed=own_folder)
+    earlier = begin_log(out, start, resumed=own_folder)
+    began -= max((r["seconds"] for r in earlier if "seconds" in r), default=0)  # a resumed run counts on
     log = open(out / "log.jsonl", "a", buffering=1)
     noted, loss_sum, seen, clock, snapshots = note_signals(), torch.zeros((), device=device), 0, time.time(), []
     log_every = max(1, args.steps // 20)
@@ -1125,7 +1126,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e), e.code
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; finished files are whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, the CPU and NumPy each have their own

@@ -188,7 +188,7 @@ def check(args, error):
     if bool(args.sample) != bool(args.ckpt or args.from_ddpm) or args.sample and args.resume or \
             args.input and not args.sample:
         error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
-    for name in "data flip steps batch_size accum lr ema_decay eval_every min_snr times coupling pairs".split():
+    for name in "data flip steps batch_size accum lr ema_decay eval_every compile min_snr times coupling pairs".split():
         if args.sample and name in args.given:
             error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if args.from_ddpm and (args.ckpt or args.meanflow):
@@ -449,7 +449,7 @@ class DDPMFlow(nn.Module):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v of (B, heads, N, d). Among few tokens a CPU is 1.4 times as fast with the plain
-    products as with its fused kernel, whose way back is slow; among many they would fill the memory."""
+    products as with its fused kernel, whose backward is slow; among many they would fill the memory."""
     if q.device.type == "cpu" and q.shape[2] <= 256:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -570,7 +570,7 @@ class UNet(nn.Module):
 
 T_MIN = 0.05  # v = (xt - x0) / t has no bound at t = 0: nearer than this it is divided by T_MIN, and so a little slow:
 #               noise of one or two levels of gray stays. Smaller, and solvers with few steps stumble at t = 0.
-T_SCALE = 30  # what of waves() a time sees. With DDPM's 1,000 the derivative by t, for MeanFlow, explodes
+T_SCALE = 30  # waves() sees 30 t. With DDPM's 1,000 t the derivative by t, for MeanFlow, explodes
 
 
 class VelocityUNet(UNet):
@@ -1207,7 +1207,7 @@ def plot_curves(path, curves, title):
 ARCHITECTURE = "size patch width mults blocks attn dropout class_cond pred meanflow".split()
 FREE_ON_RESUME = ("data steps lr out eval_every device dtype compile accum sampler sample_steps shift tol cfg_scale "
                   "cfg_interval").split()
-P_UNCOND = 0.1  # share of conditions that training hides, so that one network learns both sides of the guidance
+P_UNCOND = 0.1  # share of labels or texts that training hides: one network learns both sides of the guidance
 P_INSTANT = 0.5   # share of MeanFlow's examples with r = t, plain flow matching
 PAIR_STEPS = 8   # of midpoint, with which reflow makes its pairs
 
@@ -1508,6 +1508,8 @@ def train(args):
     data = shared_data(prepare, rank, world)
     if data.broken:
         say(f"left out, because they cannot be read: {len(data.broken)}: " + "; ".join(data.broken[:9]))
+    if state and state["key"] != data.key and args.reflow:
+        raise Stop(f"{args.resume} was trained on other pairs: {args.reflow} or the arithmetic, --dtype, has changed")
     if state and state["key"] != data.key:
         raise Stop(f"--data {args.data} is not what {args.resume} was trained on: the pictures "
                    "or their dates have changed, or the code that reads them")
@@ -1593,14 +1595,14 @@ def train(args):
             loss_sum.zero_()
             seen, clock = 0, time.time()
 
-        # once in a while: validation loss, sample grid, checkpoint
+        # once in a while: validation loss, checkpoint, sample grid
         if evaluate:
             val, bins = validate(ema, data, args, device, rank, world, amp)
             if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
                 raise Stop(f"the validation loss is {val:.3g} at step {step}: diverged at --lr {args.lr}; lower it", 1)
             best = min(best, val)
             record.update(val_loss=val, val_bins=bins)
-            if step > 0:  # nothing is learnt yet, and an earlier run's .old files must not make way for that
+            if step > 0:  # at 0 nothing is learnt, and an earlier run's .old files must not make way for that
                 save(step)
             if rank == 0:
                 x, _ = generate(ema, args, image_noise(args.seed, range(64), shape, device), y)
@@ -1694,14 +1696,17 @@ def sample_only(args):
             grid, columns = torch.stack([x0, eps, x], 1).flatten(0, 1), 9
             found.append(found_again)
         calls.add(nfe)
+        if not x.isfinite().all():
+            raise Stop(f"{file} draws NaN or infinity; did its training diverge?", 1)
         part.mkdir(parents=True, exist_ok=True)
         for j, picture in zip(i, to_uint8(x)):
-            Image.fromarray(picture).save(part / f"{j:06d}.png")
+            write_atomically(part / f"{j:06d}.png", lambda f: Image.fromarray(picture).save(f, "PNG"))
         if i[0] == 0:
-            save_png(out / "generated.png", tile(to_uint8(grid), columns))
+            first = tile(to_uint8(grid), columns)
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         earlier = publish(part, out / "generated")
+        save_png(out / "generated.png", first)
         how = "mean velocities" if args.meanflow and not found else args.sampler
         how += f", NFE {'-'.join(map(str, sorted(calls)))}"
         if args.class_cond and not found:
@@ -1733,13 +1738,13 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; finished files are whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own
         if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
             raise
-        sentence, code = "out of memory: raise --accum, or lower --batch_size or --width", 1
+        sentence, code = "out of memory: raise --accum, or lower --batch_size or --width; for drawing lower --sample", 1
     if sentence:  # before the next line, which can wait for ranks that are gone
         print(f"cfm_images.py: {sentence}", file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -1748,4 +1753,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:  # threads of the process group can outlive the interpreter, which now and then aborts it
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -113,7 +113,7 @@ def check(args, error):
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
     for name in "steps batch_size lr ema_decay".split():
-        if args.sample and name in args.given:
+        if (args.sample or args.oracle) and name in args.given:
             error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if args.oracle and (args.sample or args.resume):
         error("--oracle needs no model: leave out --sample and --resume")
@@ -663,13 +663,13 @@ def draw(model, pred, n, args, alpha_bar, seed=None, **other):
     return sample(model, noise(args.seed if seed is None else seed, n, alpha_bar.device), alpha_bar, pred, **how)
 
 
-def score_error(model, pred, target, alpha_bar, n=N):
+def score_error(model, pred, target, alpha_bar):
     """By noise level, the error of the score E|s - true|^2 relative to E|true|^2, over xt -> {t: error}."""
     rng, errors = np.random.default_rng((NOISE, 0)), {}
     for t in (0, 10, 50, 100, 200, 400, 600, 800, 999):
         ab = alpha_bar[t].item()
         x0, eps = (torch.from_numpy(a).to(alpha_bar.device) for a in
-                   (target.points(rng, n), rng.standard_normal((n, 2), np.float32)))
+                   (target.points(rng, N), rng.standard_normal((N, 2), np.float32)))
         xt = add_noise(x0, eps, ab)
         with torch.no_grad():
             learnt = -guess(model, xt, t, alpha_bar, pred)[1] / (1 - ab) ** 0.5
@@ -729,7 +729,7 @@ def show(out, model, pred, target, args, alpha_bar, snapshots):
             learnt = -guess(model, at, t, alpha_bar, pred)[1]
         true = target.mixture(at, ab)[1] * (1 - ab) ** 0.5    # both times the std of the noise: comparable lengths
         gray, pair = np.full((N, 3), 190, np.uint8), []
-        for title, score in (("true score", true), ("learnt score", learnt)):
+        for title, score in (("true score", true), ("learnt score", learnt))[:1 if args.oracle else 2]:
             tip = at + 0.45 * score / (1 + score.norm(dim=1, keepdim=True))
             pair.append(panel(xt, gray, f"{title}, t = {t}", arrows=[(at.cpu(), tip.cpu(), (30, 80, 190))]))
         frames.append(np.concatenate(pair, 1))
@@ -813,7 +813,8 @@ def train(args):
             data=json.dumps(dict(name=args.data, step=step))))
 
     own_folder = state is not None and Path(args.resume).resolve().parent == out.resolve()
-    begin_log(out, start, resumed=own_folder)
+    earlier = begin_log(out, start, resumed=own_folder)
+    began -= max((r["seconds"] for r in earlier if "seconds" in r), default=0)  # a resumed run counts on
     log = open(out / "log.jsonl", "a", buffering=1)
     noted, loss_sum, seen, clock, snapshots = note_signals(), torch.zeros((), device=device), 0, time.time(), []
     log_every = max(1, args.steps // 20)
@@ -903,7 +904,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e), e.code
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; finished files are whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, the CPU and NumPy each have their own

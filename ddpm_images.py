@@ -166,7 +166,7 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume or args.input and not args.sample:
         error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
-    for name in "data flip steps batch_size accum lr ema_decay eval_every min_snr".split():
+    for name in "data flip steps batch_size accum lr ema_decay eval_every compile min_snr".split():
         if args.sample and name in args.given:
             error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     if args.condition == "lowres" and args.size % 4:
@@ -312,7 +312,7 @@ def make_condition(kind, x0, box=None):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v of (B, heads, N, d). Among few tokens a CPU is 1.4 times as fast with the plain
-    products as with its fused kernel, whose way back is slow; among many they would fill the memory."""
+    products as with its fused kernel, whose backward is slow; among many they would fill the memory."""
     if q.device.type == "cpu" and q.shape[2] <= 256:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -1017,7 +1017,7 @@ def plot_loss(path, records):
 
 ARCHITECTURE = "size patch width mults blocks attn dropout class_cond condition schedule pred".split()
 FREE_ON_RESUME = "data steps lr out eval_every device dtype compile accum sampler sample_steps eta cfg_scale".split()
-P_UNCOND = 0.1  # share of conditions that training hides, so that one network learns both sides of the guidance
+P_UNCOND = 0.1  # share of labels or texts that training hides: one network learns both sides of the guidance
 
 
 def build_model(args, n_classes):
@@ -1379,14 +1379,17 @@ def sample_only(args):
         x0 = None if pictures is None else load_pictures(pictures, i, device)
         cond = make_condition(args.condition, x0)
         x = generate(model, args, alpha_bar, i, device, y, cond)
+        if not x.isfinite().all():
+            raise Stop(f"{args.ckpt} draws NaN or infinity; did its training diverge?", 1)
         part.mkdir(parents=True, exist_ok=True)
         for j, picture in zip(i, to_uint8(x)):
-            Image.fromarray(picture).save(part / f"{j:06d}.png")
+            write_atomically(part / f"{j:06d}.png", lambda f: Image.fromarray(picture).save(f, "PNG"))
         if i[0] == 0:
-            save_grid(out / "generated.png", x, cond, x0)
+            first = x, cond, x0
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         earlier = publish(part, out / "generated")
+        save_grid(out / "generated.png", *first)
         how = f"{args.sampler}, {args.sample_steps} steps"
         if args.class_cond:
             how += f", --cfg_scale {args.cfg_scale}, in turn " + " ".join(classes)
@@ -1416,13 +1419,13 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; a ckpt.pt that was saved earlier is whole", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; finished files are whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own
         if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "allocate memory" not in str(e):
             raise
-        sentence, code = "out of memory: raise --accum, or lower --batch_size or --width", 1
+        sentence, code = "out of memory: raise --accum, or lower --batch_size or --width; for drawing lower --sample", 1
     if sentence:  # before the next line, which can wait for ranks that are gone
         print(f"ddpm_images.py: {sentence}", file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -1431,4 +1434,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:  # threads of the process group can outlive the interpreter, which now and then aborts it
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

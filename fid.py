@@ -81,9 +81,9 @@ def parse_args(argv=None):
     g.add_argument("--metrics", default=",".join(METRICS), help="pr is precision and recall; fid and sfid alone "
                    "keep no features in memory")
     g.add_argument("--network", choices=["inception", "dinov2", "random"], default="inception",
-                   help="the network that sees the images; random is no download, and compares with nothing published")
+                   help="the network that sees the images; random: no download, but compares with nothing published")
     g.add_argument("--weights", metavar="FILE", help="read its weights from here: nothing is downloaded")
-    g.add_argument("--mode", choices=MODES, help="how images are resized; unless given clean, for inception "
+    g.add_argument("--mode", choices=MODES, help="how images are resized; default clean, for inception "
                    "legacy_tensorflow")
     g.add_argument("--num_images", type=int, help="of each set at most so many, the same each time (of drawn_faces "
                    "10,000)")
@@ -868,7 +868,7 @@ def hub_file(repo, name):
     class Stay(urllib.request.HTTPRedirectHandler):  # the hub names the hash, the store that it points to does not
         def redirect_request(self, *args):
             return None
-    digest, request = "", urllib.request.Request(url, method="HEAD")
+    request = urllib.request.Request(url, method="HEAD")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
@@ -888,7 +888,8 @@ def load_network(args, device, rank, world):
     if args.network != "random":
         finds = dict(inception=find_inception, dinov2=functools.partial(hub_file, DINOV2, "model.safetensors"))
         try:
-            path = args.weights or on_each_node(finds[args.network], rank, world)[0]
+            paths = [args.weights] if args.weights else on_each_node(finds[args.network], rank, world)
+            path = paths[-1 if len(paths) == 1 else int(os.environ.get("GROUP_RANK", 0))]
         except Stop as e:
             if args.given & {"network", "mode", "json", "stats"}:  # where a stand-in would pass for what was asked for
                 raise
@@ -1175,4 +1176,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:  # threads of the process group can outlive the interpreter, which now and then aborts it
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

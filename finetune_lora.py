@@ -66,7 +66,7 @@ PRESETS = {
     "flux": COMMON | dict(sample_steps=28, cfg_scale=3.5)}
 SAMPLERS = ["euler", "ddim", "dpmpp_2m"]
 DRAWING = ("base lora prompt negative_prompt sampler sample_steps cfg_scale size quant out seed device dtype "
-           "compile").split()  # flags that do not speak of training
+           "compile").split()  # flags that may go with --sample
 TARGET_NAMES = {  # patterns of the names of the layers
     "attn": r"\.(attn\d?|cross)\.", "text": r"^text_encoder(_2)?\.encoder|\.tower\.encoder",
     "ff": r"blocks\..*\.(ff|ff_context|mlp|proj_mlp)\b|single_transformer_blocks\.\d+\.proj_out"}
@@ -94,14 +94,14 @@ def parse_args(argv=None):
                    help="text2img.py's model.safetensors, or SD 1.5, SDXL or FLUX.1 as a folder or on the hub")
     g.add_argument("--data", metavar="drawn_pandas|FOLDER|.zip|.npz", default="drawn_pandas", help="what to learn")
     g.add_argument("--instance_prompt", metavar="TEXT", help="the caption of all pictures, in place of their own")
-    g.add_argument("--class_prompt", nargs="+", metavar="TEXT", help="prior preservation: half of each batch are "
-                   "pictures that the base itself draws of these, so that it does not forget them; or a .txt file")
+    g.add_argument("--class_prompt", nargs="+", metavar="TEXT", help="prior preservation: half of each batch is "
+                   "what the base itself draws of these texts (or a .txt file), so as not to forget them")
     g.add_argument("--class_images", type=int, help="how many of these it draws first, once; 0 = off")
     g.add_argument("--size", type=int, help="pixels a side")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the training pictures")
     g = p.add_argument_group("LoRA")
     g.add_argument("--rank", type=int, help="rank of the two matrices beside a layer")
-    g.add_argument("--alpha", type=float, help="the LoRA's output is scaled by alpha / rank; unless given alpha = rank")
+    g.add_argument("--alpha", type=float, help="the LoRA's output is scaled by alpha / rank; default alpha = rank")
     g.add_argument("--lora_dropout", type=float, default=0.0,
                    help="dropout on the input of each LoRA")
     g.add_argument("--targets", nargs="+", metavar="attn|ff|text|PATTERN", help="layers that get a LoRA: attn, ff "
@@ -295,7 +295,7 @@ class Quantised(nn.Module):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T with a Quantised W. It is unpacked a second time on the way back; autograd would keep it all the while."""
+    """x W^T with a Quantised W. It is unpacked again in the backward pass; autograd would keep it all the while."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -388,7 +388,8 @@ def guided(model, text, text_null, cfg_scale, interval):
         if cfg_scale == 1 or not interval[0] - 1e-6 <= t[0].item() <= interval[1] + 1e-6:
             return model(xt, t, text)
         both = [torch.cat(pair) for pair in zip(text, text_null)]
-        with_text, without = model(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
+        out = model(torch.cat([xt, xt]), torch.cat([t, t]), both).to(xt.dtype)  # bf16 is too coarse for a difference
+        with_text, without = out.chunk(2)
         return without + cfg_scale * (with_text - without)
     return call
 
@@ -404,7 +405,7 @@ def attention(q, k, v, heads):
 
 
 class Rerun(nn.Module):
-    """Modules whose parts forward() can compute a second time on the way back, instead of keeping all activations."""
+    """Modules whose parts forward() can compute again in the backward pass, instead of keeping all activations."""
     grad_checkpoint = False
 
     def call(self, block, *args):
@@ -585,8 +586,8 @@ class SDUNet(Rerun):
 
 
 def flux_rope(sides, axes, device):
-    """2104.09864 on three axes, of which text and images have the place 0 on the first and FLUX's texts 0 on all: the
-    cosines and sines (L + N, d / 2) of the angles by which pairs of neighbouring channels turn."""
+    """2104.09864 on three axes; images are at 0 on the first, texts at 0 on all: cosines and sines (L + N, d / 2) of
+    the angles by which pairs of neighbouring channels turn."""
     L, H, W = sides
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     ids = torch.cat([torch.zeros(L, 3), torch.stack([torch.zeros(H, W), rows, columns], -1).view(-1, 3)])
@@ -1166,7 +1167,7 @@ def waves(t, width):
 def attend(q, k, v, weights=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k, v (B, heads, L, d), in which each of the L counts by its
     weight (B, L), 0 as if it were not there. Among few tokens a CPU is 1.4 times as fast with the plain products as
-    with its fused kernel, whose way back is slow; among many they would fill the memory."""
+    with its fused kernel, whose backward is slow; among many they would fill the memory."""
     bias = None if weights is None else weights.log()[:, None, None].to(q.dtype)                 # (B, 1, 1, L)
     if q.device.type == "cpu" and q.shape[2] <= 256:
         a = q * q.shape[-1] ** -0.5 @ k.mT                                       # (B, heads, N, L)
@@ -1243,7 +1244,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """(zt, t, text) -> velocity. zt (B, C, H, W), t (B,) in [0, 1]; H and W multiples of patch. A token is a patch of
     latents. text: txt (B, L, dim), txt_mask (B, L), 1 where there is a token and 0 behind the text, and pooled
-    (B, pooled_dim); with a tower of its own ids in place of txt, and None.
+    (B, pooled_dim); with a tower of its own: ids for txt, None for pooled.
     differs from the papers: PyTorch's own start of linear layers, not Xavier's.
 
     z_mean, z_std (C, 1, 1): of the tokenizer's latents, by which these are brought to mean 0 and variance 1."""
@@ -1299,13 +1300,13 @@ class DiT(nn.Module):
         included."""
         N, D = (H // self.patch) * (W // self.patch), self.out.in_features
         linear = [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        once = [self.adaLN, *self.time, *self.pooled, *(block.adaLN for block in self.blocks)]     # an image
-        text = [*self.txt, *(block.cross.kv for block in self.blocks)]                             # a token of the text
+        once = [self.adaLN, *self.time, *self.pooled, *(block.adaLN for block in self.blocks)]  # once an image
+        text = [*self.txt, *(block.cross.kv for block in self.blocks)]                        # once a token of the text
         pairs = len(self.blocks) * (N * N + N * L) * D
         if self.tower is not None:
             text += [m for m in self.tower.modules() if isinstance(m, nn.Linear)]
             pairs += len(self.tower.encoder["layers"]) * L * L * self.tower.dim
-        times = {id(m): 1 for m in once} | {id(m): L for m in text}                               # others: a patch
+        times = {id(m): 1 for m in once} | {id(m): L for m in text}                          # others: once a patch
         return 2 * (sum(m.weight.numel() * times.get(id(m), N) for m in linear) + 2 * pairs)       # q k^T, mean of v
 
 
@@ -1380,7 +1381,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1) if whole else nn.Identity()
         load_weights(self, tensors, "the file")
 
-    def extra_repr(self):
+    def extra_repr(self):  # for fingerprint()
         return f"scale={self.scale}, shift={self.shift}"
 
     def middle(self, h, block):
@@ -1968,8 +1969,6 @@ class Text2Img(Base):
 KEYS = re.compile(r"(.+?)(?:\.(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight"  # PEFT, diffusers,
                   r"|\.processor\.(to_\w+)_lora\.(down|up)\.weight"              # diffusers at first
                   r"|\.(alpha))")                                                # kohya
-KOHYA = {"lora_unet": "unet", "lora_transformer": "transformer", "lora_te": "text_encoder", "lora_te1": "text_encoder",
-         "lora_te2": "text_encoder_2"}
 FLUX_LAYERS = {  # of Black Forest Labs, whose q, k and v are one layer: in diffusers' names, from top to bottom
     r"double_blocks_(\d+)_": ("transformer_blocks", dict(
         img_attn_qkv="attn.to_q attn.to_k attn.to_v", txt_attn_qkv="attn.add_q_proj attn.add_k_proj attn.add_v_proj",
@@ -2610,6 +2609,14 @@ def download(url, path, is_whole=lambda path: True, tries=5, token=""):
     raise Stop(f"the download broke off ({why}); start again to go on, or {by_hand}", 1)
 
 
+def sha256(path):
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def hub_file(repo, name):
     """The file `name` of a Hugging Face repository -> its path: in the user's own cache of that hub, or else downloaded
     once into data/weights, from HF_ENDPOINT and with HF_TOKEN where these are set. Raises Stop."""
@@ -2624,7 +2631,7 @@ def hub_file(repo, name):
     class Stay(urllib.request.HTTPRedirectHandler):  # the hub names the hash, the store that it points to does not
         def redirect_request(self, *args):
             return None
-    digest, request = "", urllib.request.Request(url, method="HEAD")
+    request = urllib.request.Request(url, method="HEAD")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
@@ -2637,14 +2644,6 @@ def hub_file(repo, name):
     digest = (headers.get("X-Linked-Etag") or "").strip('"')
     download(url, path, lambda part: len(digest) != 64 or sha256(part) == digest, token=token)
     return path
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def setup(args):
@@ -2876,6 +2875,8 @@ def open_base(args, rank, world, device):
     for k, v in preset.items():
         if getattr(args, k) is None:
             setattr(args, k, saved.get(k, v) if k in ("size", "sample_steps", "cfg_scale") else v)
+    if args.negative_prompt and args.cfg_scale == 1:
+        raise Stop("--negative_prompt works by guidance: it needs a --cfg_scale above 1")
     dtype = pick_dtype(args.dtype, device) if kind != "text2img" else torch.float32
     try:
         make = {"text2img": Text2Img, "flux": FluxBase}.get(kind, StableDiffusion)
@@ -2914,7 +2915,7 @@ def generate(base, noise, text, text_null, amp):
             one, null = (base.features(pick(t, slice(i, i + each))) for t in (text, text_null))
             x = base.decode(base.draw(noise[i:i + each], one, null).float())
         if not x.isfinite().all():
-            raise Stop("the model draws what are no numbers: say --dtype fp32, or was its training sound?", 1)
+            raise Stop("the model draws NaN or infinity: say --dtype fp32; or did its training diverge?", 1)
         out.append(to_uint8(x))
     return np.concatenate(out)
 
@@ -2943,7 +2944,7 @@ def train_batch(data, args, step, base, rank, world):
 
 def train_step(base, params, opt, batch, args, amp):
     """One optimizer step -> the loss, left on the device. The gradients of all processes are averaged in one go at the
-    end: they are small, and DistributedDataParallel has nothing to hide behind the way back."""
+    end: they are small, and DistributedDataParallel has nothing to hide behind backward()."""
     total = 0
     for k in range(args.accum):
         z0, eps, t, *text = (None if a is None else a.chunk(args.accum)[k] for a in (*batch[:3], *batch[3]))
@@ -3136,7 +3137,7 @@ def train(args):
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings.items()))
     log = begin_log(out, start, resumed=state is not None and Path(args.resume).resolve().parent == out.resolve()) \
         if rank == 0 else []
-    began -= log[-1]["seconds"] if log else 0
+    began -= log[-1]["seconds"] if log else 0  # a resumed run counts on
 
     def show(weight):
         """Two pictures of each prompt, from the same noise, with so much of the LoRA."""
@@ -3172,8 +3173,9 @@ def train(args):
     bar = tqdm(total=args.steps, initial=start, disable=True if rank else None, unit="step")
     for step in range(start, args.steps + 1):  # one turn more than there are steps, to draw the last
         record, last, stop = {}, step == args.steps, 0
-        due = last or step > start and step % args.eval_every == 0
-        if step > start and (step % log_every == 0 or due or noted and world == 1):
+        evaluate = last or step > start and step % args.eval_every == 0
+        # once in a while: read the loss off the device, and hear whether any rank was asked to stop
+        if step > start and (step % log_every == 0 or evaluate or noted and world == 1):
             loss, stop = sum_over_ranks(torch.stack([loss_sum / world, torch.full_like(loss_sum, len(noted))])).tolist()
             loss, rate = loss / seen, seen * args.batch_size / (time.time() - clock)
             if not math.isfinite(loss):
@@ -3183,7 +3185,8 @@ def train(args):
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} img/s")
             loss_sum.zero_()
             seen, clock = 0, time.time()
-        if due:
+        # once in a while: validation loss, checkpoint, sample grid
+        if evaluate:
             if len(data.val):
                 record["val_loss"] = with_ema(lambda: validate(base, data, args, amp))
             save(step)
@@ -3195,13 +3198,13 @@ def train(args):
             log.append(record)
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
-            if bar.disable or due:
+            if bar.disable or evaluate:
                 tqdm.write("  ".join(f"{k} {record[k]:.{d}f}" for k, d in dict(
                     step=0, loss=4, val_loss=4, img_per_s=1, s_per_step=2, peak_gb=1, seconds=0).items()
                                      if k in record))
                 sys.stdout.flush()  # or a redirected run seems to hang
         if stop:
-            if not due:
+            if not evaluate:
                 save(step)
             raise Stop(f"stopped at step {step}; go on: {'torchrun ...' if world > 1 else 'python'} finetune_lora.py "
                        f"--resume {out / 'ckpt.pt'}", [*noted, 130][0])
@@ -3282,7 +3285,7 @@ def publish(part, folder):
 
 def sample_only(args):
     """--sample N: pictures as generated/000000.png ..., what each was told in metadata.jsonl, and one grid. Prompts
-    take turns; the first picture of each begins with the same noise, and so on."""
+    take turns; picture k of each begins with the same noise."""
     device, rank, world = setup(args)
     args.prompt = read_prompts(args.prompt)
     began, base = time.time(), open_base(args, rank, world, device)
@@ -3359,7 +3362,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; what was whole before stays", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; finished files are whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

@@ -17,7 +17,7 @@ guidance.png, reverse.gif, training.gif; with --sample generated/ and generated.
 tokenizer that it trained in data/cache. A new run renames the first three of an old one to *.old, and replaces the
 rest.
 
-Here t = 0 is data and t = 1 noise, as in SD3 and FLUX.
+Here t = 0 is data and t = 1 noise, as in SD3 and FLUX; torchcfm and flow_matching write 1 - t for it and -v for v.
 Papers: latent diffusion and its autoencoder 2112.10752, DiT and adaLN-Zero 2212.09748, flow matching 2210.02747,
 logit-normal times and their shift 2403.03206 (SD3), rotary positions 2104.09864, SwiGLU 2002.05202, RMSNorm
 1910.07467, QK-norm 2302.05442, representation alignment 2410.06940 (REPA), guidance 2207.12598 and its interval
@@ -111,7 +111,7 @@ def parse_args(argv=None):
                    help="compute activations a second time instead of keeping them: less memory, a third more work")
     g = p.add_argument_group("flow")
     g.add_argument("--time_shift", type=float, help="above 1: more of the times at high noise, in training and "
-                   "sampling; unless given sqrt(numbers in a latent / 4096), at least 1")
+                   "sampling; default sqrt(numbers in a latent / 4096), at least 1")
     g.add_argument("--repa", type=float, nargs="?", const=0.5, default=0.0, metavar="WEIGHT",
                    help="weight of the agreement with what DINOv2 sees; 0 = off")
     g.add_argument("--repa_until", type=int, default=100_000, help="the step after which --repa ends")
@@ -166,7 +166,7 @@ def check(args, error):
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
-    for name in ("data flip steps batch_size accum lr ema_decay eval_every vae_steps repa repa_until "
+    for name in ("data flip steps batch_size accum lr ema_decay eval_every compile vae_steps repa repa_until "
                  "grad_checkpoint").split():
         if args.sample and name in args.given:
             error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
@@ -239,11 +239,12 @@ def sample(model, z, sampler, times, on_step=None):
 def guided(model, y, cfg_scale, interval):
     """model with labels y (or None) as (xt, t) -> v. cfg_scale is 1 + w of 2207.12598; outside the interval of t, where
     guidance does harm or nothing (2404.07724), it is 1, for half the price."""
-    def call(xt, t, *r):
+    def call(xt, t):
         if y is None or cfg_scale == 1 or not interval[0] - 1e-6 <= t[0].item() <= interval[1] + 1e-6:
-            return model(xt, t, y, *r)
+            return model(xt, t, y)
         labels = torch.cat([y, torch.full_like(y, model.y_null)])
-        with_y, without = model(torch.cat([xt, xt]), torch.cat([t, t]), labels).chunk(2)
+        out = model(torch.cat([xt, xt]), torch.cat([t, t]), labels).to(xt.dtype)  # bf16 is too coarse for a difference
+        with_y, without = out.chunk(2)
         return without + cfg_scale * (with_y - without)
     return call
 
@@ -279,7 +280,7 @@ def waves(t, width):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v of (B, heads, N, d). Among few tokens a CPU is 1.4 times as fast with the plain
-    products as with its fused kernel, whose way back is slow; among many they would fill the memory."""
+    products as with its fused kernel, whose backward is slow; among many they would fill the memory."""
     if q.device.type == "cpu" and q.shape[2] <= 256:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -387,7 +388,7 @@ class DiT(nn.Module):
         """Floating-point operations of one image's forward pass, 2 per multiply-add, attention included."""
         N, D = (H // self.patch) * (W // self.patch), self.out.in_features
         linear = [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        once = [self.adaLN, *self.time, *(block.adaLN for block in self.blocks)]  # an image, not a token
+        once = [self.adaLN, *self.time, *(block.adaLN for block in self.blocks)]  # once an image, not a token
         weights = sum(m.weight.numel() * (1 if any(m is o for o in once) else N) for m in linear)
         return 2 * (weights + len(self.blocks) * 2 * N * N * D)                  # q k^T, and the mean of v
 
@@ -465,7 +466,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1) if whole else nn.Identity()
         load_weights(self, tensors, "the file")
 
-    def extra_repr(self):
+    def extra_repr(self):  # for fingerprint()
         return f"scale={self.scale}, shift={self.shift}"
 
     def middle(self, h, block):
@@ -1123,8 +1124,8 @@ def encode_data(vae, vae_key, data, args, device, rank, world):
                     for m in range(mirrors):
                         place = (m * N + int(i[0])) * row
                         f.seek(place)
-                        if np.frombuffer(f.read(len(i) * row), np.float16).reshape(len(i), -1).any(1).all():
-                            continue  # there already
+                        if np.frombuffer(f.read(len(i) * row), np.float16)[row // 2 - 1::row // 2].all():
+                            continue  # there already, to the last number of each
                         x = load_pictures(data.images, i, device)
                         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                             z = vae.encode(x.flip(-1) if m else x).half()
@@ -1397,7 +1398,7 @@ def hub_file(repo, name):
     class Stay(urllib.request.HTTPRedirectHandler):  # the hub names the hash, the store that it points to does not
         def redirect_request(self, *args):
             return None
-    digest, request = "", urllib.request.Request(url, method="HEAD")
+    request = urllib.request.Request(url, method="HEAD")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
@@ -1541,7 +1542,7 @@ def plot_loss(path, records):
 ARCHITECTURE = "vae_steps model patch_size class_cond".split()
 FREE_ON_RESUME = ("data vae steps lr out eval_every device dtype compile accum grad_checkpoint sampler sample_steps "
                   "cfg_scale cfg_interval").split()
-P_UNCOND = 0.1  # share of conditions that training hides, so that one network learns both sides of the guidance
+P_UNCOND = 0.1  # share of labels or texts that training hides: one network learns both sides of the guidance
 
 
 NO_CLASSES = "--cfg_scale needs a model that knows classes, trained with --class_cond"
@@ -1724,6 +1725,8 @@ def load_model(path, args, device, rank, world):
     adopt(args, saved, ARCHITECTURE + sorted(also), path)
     if args.time_shift is None:
         raise Stop(f"{path} does not say what --time_shift was; has it been edited?")
+    if args.vae != saved.get("vae") and {args.vae, saved.get("vae")} <= {"tiny", "none", *VAES}:  # before a download
+        raise Stop(f"--vae {args.vae} contradicts {path}, which was made with {saved['vae']}")
     if "time_shift" in also:
         args.time_shift *= max(1, args.size / saved.get("size", args.size))
     classes = data.get("classes") if isinstance(data, dict) else None
@@ -1870,14 +1873,14 @@ def train(args):
             loss_sum.zero_()
             seen, clock = 0, time.time()
 
-        # once in a while: validation loss, sample grid, checkpoint
+        # once in a while: validation loss, checkpoint, sample grid
         if evaluate:
             val, bins = validate(ema, data, args, device, rank, world, amp)
             if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
                 raise Stop(f"the validation loss is {val:.3g} at step {step}: diverged at --lr {args.lr}; lower it", 1)
             best = min(best, val)
             record.update(val_loss=val, val_bins=bins)
-            if step > 0:  # nothing is learnt yet, and an earlier run's .old files must not make way for that
+            if step > 0:  # at 0 nothing is learnt, and an earlier run's .old files must not make way for that
                 save(step)
             if rank == 0:
                 x = generate(ema, vae, args, next(image_noise(args.seed, range(64), shape, device)), y)
@@ -1957,15 +1960,18 @@ def sample_only(args):
     for i in tqdm(batches, "sampling", disable=True if rank else None):
         labels = (i if args.label is None else np.full(len(i), names.index(args.label))) % len(classes)
         y = torch.as_tensor(labels, device=device) if args.class_cond else None
-        x = to_uint8(generate(model, vae, args, next(image_noise(args.seed, i, shape, device)), y))
+        x = generate(model, vae, args, next(image_noise(args.seed, i, shape, device)), y)
+        if not x.isfinite().all():
+            raise Stop(f"{args.ckpt} draws NaN or infinity; did its training diverge?", 1)
         part.mkdir(parents=True, exist_ok=True)
-        for j, picture in zip(i, x):
-            Image.fromarray(picture).save(part / f"{j:06d}.png")
+        for j, picture in zip(i, to_uint8(x)):
+            write_atomically(part / f"{j:06d}.png", lambda f: Image.fromarray(picture).save(f, "PNG"))
         if i[0] == 0:
-            save_png(out / "generated.png", tile(x, max(1, int(len(x) ** 0.5))))
+            grid = tile(to_uint8(x), max(1, int(len(x) ** 0.5)))
     sum_over_ranks(torch.zeros(1, device=device)).item()
     if rank == 0:
         earlier = publish(part, out / "generated")
+        save_png(out / "generated.png", grid)
         how = f"{args.sampler}, {args.sample_steps} steps"
         if args.class_cond:
             first, last = args.cfg_interval
@@ -1998,7 +2004,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; what is whole in data/cache and ckpt.pt stays", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; finished files are whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

@@ -95,7 +95,7 @@ def parse_args(argv=None):
     g.add_argument("--max_queue", type=int, default=64, help="pictures under way; more are answered 429")
     g.add_argument("--max_n", type=int, default=8, help="pictures in one request")
     g.add_argument("--max_steps", type=int, default=250, help="steps of one picture")
-    g.add_argument("--max_size", type=int, help="pixels a side; unless given twice those of training")
+    g.add_argument("--max_size", type=int, help="pixels a side; default twice those of training, for pixel models once")
     g.add_argument("--deadline", type=float, default=120, help="seconds after which a request is given up")
     g.add_argument("--connections", type=int, default=256, help="clients at the same time")
     g = p.add_argument_group("output and system", "on a CPU --dtype auto is fp32 here, not bf16, so that pictures do "
@@ -548,6 +548,9 @@ class SDModel(Model):
         try:
             self.alpha_bar, get = alpha_bar_of(scheduler), scheduler.get
             self.spacing = get("timestep_spacing", "linspace"), get("steps_offset", 0), "dpmpp_2m"
+            odd = [k for k in ("rescale_betas_zero_snr", "trained_betas") if get(k)]
+            if odd or get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+                raise Stop(f"{name}: this script does not know {', '.join(odd) or 'its prediction_type'}")
             self.v_prediction = get("prediction_type", "epsilon") == "v_prediction"
             with torch.device("meta"):
                 self.network = SDUNet(read_json(files["unet"][0]))
@@ -1432,8 +1435,8 @@ function finish({f, img, caption}, body, event) {
   again.type = 'button'; again.textContent = 'copy as curl';
   const secret = key() ? ' -H "Authorization: Bearer $SERVE_API_KEY"' : '';
   again.onclick = async () => {
-    const text = "curl " + location.origin + "/v1/images/generations -H 'Content-Type: application/json'" + secret
-      + " -d '" + JSON.stringify(one).replaceAll("'", "'\\\\''") + "'";
+    const text = "curl " + new URL("v1/images/generations", location.href) + secret
+      + " -H 'Content-Type: application/json' -d '" + JSON.stringify(one).replaceAll("'", "'\\\\''") + "'";
     try { await navigator.clipboard.writeText(text); say('Copied.'); } catch { say(text); }
   };
   const how = ['seed ' + event.seed, body.num_inference_steps && body.num_inference_steps + ' steps',
@@ -1634,7 +1637,7 @@ class Quantised(nn.Module):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T with a Quantised W. It is unpacked a second time on the way back; autograd would keep it all the while."""
+    """x W^T with a Quantised W. It is unpacked again in the backward pass; autograd would keep it all the while."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -1665,7 +1668,7 @@ def attention(q, k, v, heads):
 
 
 class Rerun(nn.Module):
-    """Modules whose parts forward() can compute a second time on the way back, instead of keeping all activations."""
+    """Modules whose parts forward() can compute again in the backward pass, instead of keeping all activations."""
     grad_checkpoint = False
 
     def call(self, block, *args):
@@ -2149,7 +2152,7 @@ def waves(t, width):
 def attend(q, k, v, weights=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k, v (B, heads, L, d), in which each of the L counts by its
     weight (B, L), 0 as if it were not there. Among few tokens a CPU is 1.4 times as fast with the plain products as
-    with its fused kernel, whose way back is slow; among many they would fill the memory."""
+    with its fused kernel, whose backward is slow; among many they would fill the memory."""
     bias = None if weights is None else weights.log()[:, None, None].to(q.dtype)                 # (B, 1, 1, L)
     if q.device.type == "cpu" and q.shape[2] <= 256:
         a = q * q.shape[-1] ** -0.5 @ k.mT                                       # (B, heads, N, L)
@@ -2226,7 +2229,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """(zt, t, text) -> velocity. zt (B, C, H, W), t (B,) in [0, 1]; H and W multiples of patch. A token is a patch of
     latents. text: txt (B, L, dim), txt_mask (B, L), 1 where there is a token and 0 behind the text, and pooled
-    (B, pooled_dim); with a tower of its own ids in place of txt, and None.
+    (B, pooled_dim); with a tower of its own: ids for txt, None for pooled.
     differs from the papers: PyTorch's own start of linear layers, not Xavier's.
 
     z_mean, z_std (C, 1, 1): of the tokenizer's latents, by which these are brought to mean 0 and variance 1."""
@@ -2282,13 +2285,13 @@ class DiT(nn.Module):
         included."""
         N, D = (H // self.patch) * (W // self.patch), self.out.in_features
         linear = [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        once = [self.adaLN, *self.time, *self.pooled, *(block.adaLN for block in self.blocks)]     # an image
-        text = [*self.txt, *(block.cross.kv for block in self.blocks)]                             # a token of the text
+        once = [self.adaLN, *self.time, *self.pooled, *(block.adaLN for block in self.blocks)]  # once an image
+        text = [*self.txt, *(block.cross.kv for block in self.blocks)]                        # once a token of the text
         pairs = len(self.blocks) * (N * N + N * L) * D
         if self.tower is not None:
             text += [m for m in self.tower.modules() if isinstance(m, nn.Linear)]
             pairs += len(self.tower.encoder["layers"]) * L * L * self.tower.dim
-        times = {id(m): 1 for m in once} | {id(m): L for m in text}                               # others: a patch
+        times = {id(m): 1 for m in once} | {id(m): L for m in text}                          # others: once a patch
         return 2 * (sum(m.weight.numel() * times.get(id(m), N) for m in linear) + 2 * pairs)       # q k^T, mean of v
 
 
@@ -2448,7 +2451,7 @@ class UNet(nn.Module):
 T_MIN = 0.05  # v = (xt - x0) / t has no bound at t = 0: nearer than this it is divided by T_MIN, and so a little slow:
 
 
-T_SCALE = 30  # what of waves() a time sees. With DDPM's 1,000 the derivative by t, for MeanFlow, explodes
+T_SCALE = 30  # waves() sees 30 t. With DDPM's 1,000 t the derivative by t, for MeanFlow, explodes
 
 
 class VelocityUNet(UNet):
@@ -2571,7 +2574,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1) if whole else nn.Identity()
         load_weights(self, tensors, "the file")
 
-    def extra_repr(self):
+    def extra_repr(self):  # for fingerprint()
         return f"scale={self.scale}, shift={self.shift}"
 
     def middle(self, h, block):
@@ -3014,6 +3017,14 @@ def download(url, path, is_whole=lambda path: True, tries=5, token=""):
     raise Stop(f"the download broke off ({why}); start again to go on, or {by_hand}", 1)
 
 
+def sha256(path):
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def hub_file(repo, name):
     """The file `name` of a Hugging Face repository -> its path: in the user's own cache of that hub, or else downloaded
     once into data/weights, from HF_ENDPOINT and with HF_TOKEN where these are set. Raises Stop."""
@@ -3028,7 +3039,7 @@ def hub_file(repo, name):
     class Stay(urllib.request.HTTPRedirectHandler):  # the hub names the hash, the store that it points to does not
         def redirect_request(self, *args):
             return None
-    digest, request = "", urllib.request.Request(url, method="HEAD")
+    request = urllib.request.Request(url, method="HEAD")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
@@ -3041,14 +3052,6 @@ def hub_file(repo, name):
     digest = (headers.get("X-Linked-Etag") or "").strip('"')
     download(url, path, lambda part: len(digest) != 64 or sha256(part) == digest, token=token)
     return path
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def on_each_node(make, rank, world):
@@ -3150,7 +3153,8 @@ def serve(args):
             began = None
         time.sleep(0.02 if began else 0.2)
     if engine.is_alive():
-        engine.refusal = "the server is going down"
+        with engine.changed:
+            engine.refusal = "the server is going down"
         log(event="draining", pictures=len(engine.pictures))
         say(f"{len(engine.pictures)} pictures are finished first; Ctrl-C again ends this at once")
     until = time.monotonic() + args.deadline
@@ -3168,7 +3172,7 @@ def serve(args):
 
 
 def main(argv=None):
-    """-> the exit status: 0 after SIGTERM, 1 for a failure at run time, 2 for wrong input, 130 after Ctrl-C."""
+    """-> the exit status: 0 after SIGTERM (143 before the model is there), 1 for a failure, 2 for wrong input, 130."""
     signal.signal(signal.SIGTERM, stop_at_once)
     try:
         return serve(parse_args(argv))

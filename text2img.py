@@ -16,8 +16,8 @@ guidance.png, reverse.gif, training.gif; with --ckpt generated/, generated.png o
 latents, the autoencoder that it trained and what CLIP reads in the captions in data/cache. A new run renames the first
 three of an old one to *.old, and replaces the rest.
 
-Here t = 0 is data and t = 1 noise, as in SD3 and FLUX. A tokenizer, as the field says, is the autoencoder of pictures;
-texts become tokens, too.
+Here t = 0 is data and t = 1 noise, as in SD3 and FLUX; torchcfm and flow_matching write 1 - t for it and -v for v. A
+tokenizer, as the field says, is the autoencoder of pictures; texts become tokens, too.
 Papers: latent diffusion and cross-attention to a text 2112.10752, CLIP 2103.00020, DiT and adaLN-Zero 2212.09748, with
 cross-attention 2310.00426 (PixArt), flow matching 2210.02747, logit-normal times and their shift 2403.03206 (SD3),
 rotary positions 2104.09864, SwiGLU 2002.05202, RMSNorm 1910.07467, QK-norm 2302.05442, guidance 2207.12598 and its
@@ -113,7 +113,7 @@ def parse_args(argv=None):
                    help="compute activations a second time instead of keeping them: less memory, a third more work")
     g = p.add_argument_group("flow")
     g.add_argument("--time_shift", type=float, help="above 1: more of the times at high noise, in training and "
-                   "sampling; unless given sqrt(numbers in a latent / 4096), at least 1")
+                   "sampling; default sqrt(numbers in a latent / 4096), at least 1")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["cpu", "gpu"], default=preset, help="sizes, settings; by device unless given")
     g.add_argument("--steps", type=int, help="optimizer steps")
@@ -130,7 +130,7 @@ def parse_args(argv=None):
     g.add_argument("--sample", type=int, metavar="N", help="train nothing, draw N samples")
     g.add_argument("--init_image", metavar="FILE", help="begin with this picture instead of noise")
     g.add_argument("--strength", type=float, help="how much of --init_image is drawn anew, from 0, nothing, to 1, "
-                   "all: the t at which drawing begins; unless given 0.6, and 1 with --mask")
+                   "all: the t at which drawing begins; default 0.6, with --mask 1")
     g.add_argument("--mask", metavar="FILE", help="as large as --init_image: only what is white in it is drawn anew")
     g.add_argument("--interpolate", type=int, metavar="FRAMES",
                    help="in place of pictures a GIF from each prompt to the next, of --sample noises side by side")
@@ -176,7 +176,7 @@ def check(args, error):
     drawing = bool(args.sample or args.prompt)
     if drawing != bool(args.ckpt) or drawing and args.resume:
         error("--ckpt FILE goes with --prompt TEXT or --sample N; to go on training use --resume")
-    for name in "data flip steps batch_size accum lr ema_decay eval_every vae_steps grad_checkpoint".split():
+    for name in "data flip steps batch_size accum lr ema_decay eval_every compile vae_steps grad_checkpoint".split():
         if drawing and name in args.given:
             error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
     for name in "negative_prompt init_image interpolate".split():
@@ -254,7 +254,8 @@ def guided(model, text, text_null, cfg_scale, interval):
         if cfg_scale == 1 or not interval[0] - 1e-6 <= t[0].item() <= interval[1] + 1e-6:
             return model(xt, t, text)
         both = [torch.cat(pair) for pair in zip(text, text_null)]
-        with_text, without = model(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
+        out = model(torch.cat([xt, xt]), torch.cat([t, t]), both).to(xt.dtype)  # bf16 is too coarse for a difference
+        with_text, without = out.chunk(2)
         return without + cfg_scale * (with_text - without)
     return call
 
@@ -307,7 +308,7 @@ def waves(t, width):
 def attend(q, k, v, weights=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k, v (B, heads, L, d), in which each of the L counts by its
     weight (B, L), 0 as if it were not there. Among few tokens a CPU is 1.4 times as fast with the plain products as
-    with its fused kernel, whose way back is slow; among many they would fill the memory."""
+    with its fused kernel, whose backward is slow; among many they would fill the memory."""
     bias = None if weights is None else weights.log()[:, None, None].to(q.dtype)                 # (B, 1, 1, L)
     if q.device.type == "cpu" and q.shape[2] <= 256:
         a = q * q.shape[-1] ** -0.5 @ k.mT                                       # (B, heads, N, L)
@@ -384,7 +385,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """(zt, t, text) -> velocity. zt (B, C, H, W), t (B,) in [0, 1]; H and W multiples of patch. A token is a patch of
     latents. text: txt (B, L, dim), txt_mask (B, L), 1 where there is a token and 0 behind the text, and pooled
-    (B, pooled_dim); with a tower of its own ids in place of txt, and None.
+    (B, pooled_dim); with a tower of its own: ids for txt, None for pooled.
     differs from the papers: PyTorch's own start of linear layers, not Xavier's.
 
     z_mean, z_std (C, 1, 1): of the tokenizer's latents, by which these are brought to mean 0 and variance 1."""
@@ -440,13 +441,13 @@ class DiT(nn.Module):
         included."""
         N, D = (H // self.patch) * (W // self.patch), self.out.in_features
         linear = [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        once = [self.adaLN, *self.time, *self.pooled, *(block.adaLN for block in self.blocks)]     # an image
-        text = [*self.txt, *(block.cross.kv for block in self.blocks)]                             # a token of the text
+        once = [self.adaLN, *self.time, *self.pooled, *(block.adaLN for block in self.blocks)]  # once an image
+        text = [*self.txt, *(block.cross.kv for block in self.blocks)]                        # once a token of the text
         pairs = len(self.blocks) * (N * N + N * L) * D
         if self.tower is not None:
             text += [m for m in self.tower.modules() if isinstance(m, nn.Linear)]
             pairs += len(self.tower.encoder["layers"]) * L * L * self.tower.dim
-        times = {id(m): 1 for m in once} | {id(m): L for m in text}                               # others: a patch
+        times = {id(m): 1 for m in once} | {id(m): L for m in text}                          # others: once a patch
         return 2 * (sum(m.weight.numel() * times.get(id(m), N) for m in linear) + 2 * pairs)       # q k^T, mean of v
 
 
@@ -782,7 +783,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1) if whole else nn.Identity()
         load_weights(self, tensors, "the file")
 
-    def extra_repr(self):
+    def extra_repr(self):  # for fingerprint()
         return f"scale={self.scale}, shift={self.shift}"
 
     def middle(self, h, block):
@@ -1460,8 +1461,8 @@ def encode_data(vae, vae_key, data, args, device, rank, world):
                     for m in range(mirrors):
                         place = (m * N + int(i[0])) * row
                         f.seek(place)
-                        if np.frombuffer(f.read(len(i) * row), np.float16).reshape(len(i), -1).any(1).all():
-                            continue  # there already
+                        if np.frombuffer(f.read(len(i) * row), np.float16)[row // 2 - 1::row // 2].all():
+                            continue  # there already, to the last number of each
                         x = load_pictures(data.images, i, device)
                         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                             z = vae.encode(x.flip(-1) if m else x).half()
@@ -1712,6 +1713,14 @@ def download(url, path, is_whole=lambda path: True, tries=5, token=""):
     raise Stop(f"the download broke off ({why}); start again to go on, or {by_hand}", 1)
 
 
+def sha256(path):
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def hub_file(repo, name):
     """The file `name` of a Hugging Face repository -> its path: in the user's own cache of that hub, or else downloaded
     once into data/weights, from HF_ENDPOINT and with HF_TOKEN where these are set. Raises Stop."""
@@ -1726,7 +1735,7 @@ def hub_file(repo, name):
     class Stay(urllib.request.HTTPRedirectHandler):  # the hub names the hash, the store that it points to does not
         def redirect_request(self, *args):
             return None
-    digest, request = "", urllib.request.Request(url, method="HEAD")
+    request = urllib.request.Request(url, method="HEAD")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
@@ -1739,14 +1748,6 @@ def hub_file(repo, name):
     digest = (headers.get("X-Linked-Etag") or "").strip('"')
     download(url, path, lambda part: len(digest) != 64 or sha256(part) == digest, token=token)
     return path
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def setup(args):
@@ -1889,7 +1890,7 @@ def caption_rows(rows, texts):
 ARCHITECTURE = "vae_steps text model patch_size".split()
 FREE_ON_RESUME = ("data text vae steps lr out eval_every device dtype compile accum grad_checkpoint sampler "
                   "sample_steps cfg_scale cfg_interval").split()
-P_UNCOND = 0.1  # share of conditions that training hides, so that one network learns both sides of the guidance
+P_UNCOND = 0.1  # share of labels or texts that training hides: one network learns both sides of the guidance
 
 
 def adopt(args, saved, keys, path):
@@ -2221,14 +2222,14 @@ def train(args):
             loss_sum.zero_()
             seen, clock = 0, time.time()
 
-        # once in a while: validation loss, sample grid, checkpoint
+        # once in a while: validation loss, checkpoint, sample grid
         if evaluate:
             val, bins = validate(ema, data, args, device, rank, world, amp)
             if not val < 100:  # the last step spoilt the weights: the checkpoint before it is better
                 raise Stop(f"the validation loss is {val:.3g} at step {step}: diverged at --lr {args.lr}; lower it", 1)
             best = min(best, val)
             record.update(val_loss=val, val_bins=bins)
-            if step > 0:  # nothing is learnt yet, and an earlier run's .old files must not make way for that
+            if step > 0:  # at 0 nothing is learnt, and an earlier run's .old files must not make way for that
                 save(step)
             if rank == 0:
                 rows = show(8, 8)
@@ -2336,8 +2337,8 @@ def publish(part, folder):
 
 def sample_only(args):
     """--ckpt FILE with --prompt or --sample: pictures as generated/000000.png ..., what each was told in
-    metadata.jsonl, and one grid; or with --interpolate a GIF. Prompts take turns; with --prompt the first picture of
-    each begins with the same noise, and so on, whatever else is asked for."""
+    metadata.jsonl, and one grid; or with --interpolate a GIF. Prompts take turns; with --prompt picture k of each
+    begins with the same noise, however many there are."""
     device, rank, world = setup(args)
     prompts = read_prompts(args.prompt) if args.prompt else None
     model, vae, reader, held_out = load_model(args.ckpt, args, device, rank, world)
@@ -2384,9 +2385,10 @@ def sample_only(args):
         x = draw(noise, *(text_batch(tokens, k, device) for k in (i % P, np.full(len(i), P))))
         part.mkdir(parents=True, exist_ok=True)
         for j, drawn in zip(i, x):
-            Image.fromarray(drawn).save(part / f"{j:06d}.png")
+            write_atomically(part / f"{j:06d}.png", lambda f: Image.fromarray(drawn).save(f, "PNG"))
         if i[0] == 0:
-            grid = caption_rows([x[p::P] for p in range(P)], prompts) if P <= 16 else tile(x, int(len(x) ** 0.5))
+            rows = [x[p::P] for p in range(min(P, len(x)))]
+            grid = caption_rows(rows, prompts) if P <= 16 else tile(x, int(len(x) ** 0.5))
     sum_over_ranks(torch.zeros(1, device=device)).item()  # all wait for the others; without .item() NCCL would not
     if rank == 0:
         about = {k: getattr(args, k) for k in "negative_prompt seed cfg_scale sample_steps sampler ckpt".split()}
@@ -2425,7 +2427,7 @@ def main(argv=None):
     except Stop as e:
         sentence, code = str(e) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None, e.code  # one of each node
     except KeyboardInterrupt as e:
-        sentence, code = "stopped at once; what was whole before stays", 128 + (e.args or (2,))[0]
+        sentence, code = "stopped at once; finished files are whole", 128 + (e.args or (2,))[0]
     except OSError as e:
         sentence, code = f"{e.filename or 'input or output'}: {e.strerror or e}", 1
     except (MemoryError, RuntimeError) as e:  # CUDA, MPS, the CPU and NumPy each have their own

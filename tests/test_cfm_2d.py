@@ -312,7 +312,8 @@ def test_points_do_not_depend_on_how_many_are_asked_for():
 @pytest.mark.parametrize("coupling", c.COUPLINGS)
 def test_pairs(coupling, quick, capsys):
     """The coupling moves partners about and leaves both distributions as they are; ot makes them the nearest."""
-    args = c.parse_args(["--coupling", coupling, "--coupling_size", "128", "--sigma", "1"])
+    args = c.parse_args(["--coupling", coupling])
+    args.coupling_size, args.sigma = 128, 1.0
     target, source = c.Target("moons", 0.1, "cpu"), c.Normal()
     x0, x1 = c.make_pairs(target, source, args, None, "cpu")
     rng = np.random.default_rng((c.BATCH, 0))

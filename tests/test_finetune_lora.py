@@ -1124,6 +1124,8 @@ BROKEN = {
     "cut text encoder": (cut("text_encoder/model.safetensors"), "not a whole .safetensors"),
     "another pipeline": (edited("model_index.json", _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline"),
     "other widths": (edited("unet/config.json", block_out_channels=[16, 24, 32, 40]), "another architecture"),
+    "no noise at the end": (edited("scheduler/scheduler_config.json", rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    "a strange target": (edited("scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type"),
     "a strange schedule": (edited("scheduler/scheduler_config.json", beta_schedule="cosine"), "cosine"),
     "no widths": (edited("unet/config.json", block_out_channels=None), "config.json"),
     "not JSON": (lambda folder: (folder / "unet/config.json").write_text("{"), "config.json"),
@@ -1167,6 +1169,7 @@ WRONG = {
     "dropout": (["--lora_dropout", "1"], "--lora_dropout"),
     "an empty prompt file": (["--prompt", "empty.txt"], "is empty"),
     "no number": (["--sample", "2", "--prompt", "a", "--lora", "nothing.safetensors:nan"], "'nan' is no weight"),
+    "no guidance": (["--sample", "2", "--prompt", "a", "--negative_prompt", "b", "--cfg_scale", "1"], "a --cfg_scale above 1"),
     "alpha": (["--alpha", "0"], "--alpha 0"), "no folder": (["--out", ""], "--out"),
     "out in data": (["--out", "dog/out"], "would be learnt"), "a mistyped file": (["--base", "out/x.safetensors"], "does not exist"),
     "class prompts": (["--class_prompt", "a", "b", "--class_images", "1"], "too few for 2 class prompts"),
@@ -1182,9 +1185,13 @@ def test_wrong_input_gets_one_sentence(case, pipelines, capsys, monkeypatch):
     flags, said = WRONG[case]
     base = [] if case == "the default base" or "--base" in flags else ["--base", folder]
     data = [] if "--data" in flags else ["--data", "dog", "--instance_prompt", "x"]
+    if "--sample" in flags:
+        data, few = [], FEW[:6]
+    else:
+        few = FEW
     with pytest.raises(SystemExit) if said == "invalid choice" else contextlib.nullcontext():
         try:
-            code = run(*base, *data, *FEW, *flags)
+            code = run(*base, *data, *few, *flags)
         except SystemExit as e:
             code = e.code
             if said == "invalid choice":

@@ -120,17 +120,50 @@ def test_earlier_pictures_stay_until_the_new_ones_are_there(script, tmp_path, mo
     trained(module, "out")  # draws 4
 
     def pictures():
-        return {file.name: file.read_bytes() for file in folder.iterdir()}
+        return {file.name: file.read_bytes() for file in (*folder.iterdir(), Path("out/generated.png"))}
+
     def stop(*more, **how):
         raise KeyboardInterrupt
     before, publish = pictures(), module.publish
     again = "--sample 2 --ckpt out/model.safetensors --seed 1 --device cpu".split()
     monkeypatch.setattr(module, "publish", stop)
-    assert module.main(again) == 130 and len(before) == 4 and pictures() == before
+    assert module.main(again) == 130 and len(before) == 5 and pictures() == before
     assert len(list(Path("out/generated.part").iterdir())) == 2
     monkeypatch.setattr(module, "publish", publish)
-    assert module.main(again) == 0 and len(pictures()) == 2 and not Path("out/generated.part").exists()
+    assert module.main(again) == 0 and len(pictures()) == 3 and not Path("out/generated.part").exists()
     assert all(before[name] != new for name, new in pictures().items())
+
+
+@pytest.mark.parametrize("script", ["ddpm_images", "cfm_images", "latent_dit"])
+def test_a_model_that_draws_nan(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
+    trained(module, "out")
+    path = Path("out/model.safetensors")
+    tensors, about = module.load_safetensors(path)
+    module.save_safetensors(path, {k: v * torch.nan if k.endswith("out.bias") or k.endswith("out.weight") else v
+                                   for k, v in tensors.items()}, about)
+    capsys.readouterr()
+    assert module.main("--sample 2 --ckpt out/model.safetensors --device cpu --out nan".split()) == 1
+    assert "NaN" in capsys.readouterr().err and not Path("nan").exists()
+
+
+@pytest.mark.parametrize("script", ["latent_dit", "text2img", "finetune_lora"])
+def test_guidance_is_not_in_bf16(script):
+    """The difference of two answers in bf16, of which guidance takes several times, is theirs in fp32."""
+    module, xt, t = importlib.import_module(script), torch.zeros(3, 4), torch.full((3,), 0.5)
+    answers = torch.tensor([1.0, 0.99609375]).repeat_interleave(3)[:, None].expand(6, 4).bfloat16()
+
+    class Model:
+        y_null = 0
+
+        def __call__(self, *asked):
+            return answers
+    told = ([torch.ones(3)], [torch.zeros(3)]) if script != "latent_dit" else (torch.ones(3, dtype=torch.long),)
+    v = module.guided(Model(), *told, 3.3, [0.0, 1.0])(xt, t)
+    with_it, without = answers.float().chunk(2)
+    assert v.dtype == torch.float32 and torch.equal(v, without + 3.3 * (with_it - without))
 
 
 DRAW = "--sample 4 --ckpt model.safetensors"
@@ -138,7 +171,9 @@ LORA = "--sample 4 --prompt x --lora lora.safetensors"
 WITHOUT_EFFECT = [
     ("ddpm_2d", f"{DRAW} --steps 5", "--steps is for training; for drawing say --sample_steps"),
     ("ddpm_2d", f"{DRAW} --lr 1", "--lr is for training"),
+    ("ddpm_2d", "--oracle --steps 5", "--steps is for training; for drawing say --sample_steps"),
     ("cfm_2d", f"{DRAW} --coupling ot", "--coupling is for training"),
+    ("cfm_2d", "--from_ddpm model.safetensors --lr 1", "--lr is for training"),
     ("cfm_2d", "--sigma 0.1 --coupling ot", "--sigma is for --coupling sinkhorn alone"),
     ("cfm_2d", "--coupling_size 64", "--coupling_size is for --coupling ot and sinkhorn"),
     ("ddpm_images", f"{DRAW} --no-flip", "--flip is for training"),
@@ -146,6 +181,7 @@ WITHOUT_EFFECT = [
     ("cfm_images", f"{DRAW} --data drawn_faces", "--data is for training"),
     ("cfm_images", "--from_ddpm model.safetensors --times uniform", "--times is for training"),
     ("cfm_images", "--pairs 64", "--pairs is for --reflow alone"),
+    ("latent_dit", f"{DRAW} --compile", "--compile is for training"),
     ("latent_dit", f"{DRAW} --repa", "--repa is for training"),
     ("latent_dit", f"{DRAW} --grad_checkpoint", "--grad_checkpoint is for training"),
     ("latent_dit", "--repa_until 5", "--repa_until is for --repa alone"),
