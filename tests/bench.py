@@ -16,6 +16,7 @@
 For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
 """
 import argparse
+import base64
 import collections
 import contextlib
 import copy
@@ -45,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 THREADS = torch.get_num_threads()  # torch's own choice, all cores; the next import sets one
 import conftest  # noqa: E402, finds the scripts, and makes torchvision importable, which the peer needs
@@ -1045,6 +1047,10 @@ def part_lora(args):
 # Part serve: how many pictures clients get of a server, and how long they wait, with continuous batching and without.
 
 
+PROMPTS = ["a gray cat with green eyes on a blue background", "an orange fox with amber eyes on a pink background",
+           "a white rabbit", "a brown bear with blue eyes on a teal background"]
+
+
 class Clients:
     """A server of its own process, and threads that ask it for pictures, each for the next when it has one."""
 
@@ -1065,17 +1071,18 @@ class Clients:
         self.process.wait()
 
     def ask(self, connection, **body):
-        """-> seconds, or None where the server had no room."""
+        """-> seconds and the answer, or None where the server had no room."""
         began = time.perf_counter()
         connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
-        answer.read()
+        content = answer.read()
         if answer.status not in (200, 429):
             raise RuntimeError(f"the server answers {answer.status}")
-        return time.perf_counter() - began if answer.status == 200 else None
+        return (time.perf_counter() - began, content) if answer.status == 200 else None
 
-    def load(self, clients, total, **body):
-        """`clients` at the same time, until there are `total` pictures -> seconds of each, images a second."""
+    def load(self, clients, total, prompts=PROMPTS, pictures=None, **body):
+        """`clients` at the same time, until there are `total` pictures -> seconds of each, images a second. pictures: a
+        dict that takes them, by number."""
         took, numbers, lock, began = [], iter(range(total)), threading.Lock(), time.perf_counter()
 
         def work():
@@ -1085,9 +1092,13 @@ class Clients:
                     number = next(numbers, None)
                 if number is None:
                     return
-                while (seconds := self.ask(connection, prompt=PROMPTS[number % len(PROMPTS)], seed=number, **body)) is None:
+                prompt = prompts[number % len(prompts)]
+                while (answer := self.ask(connection, prompt=prompt, seed=number, **body)) is None:
                     time.sleep(0.05)
-                took.append(seconds)
+                took.append(answer[0])
+                if pictures is not None:
+                    picture = base64.b64decode(json.loads(answer[1])["data"][0]["b64_json"])
+                    pictures[number] = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         threads = [threading.Thread(target=work) for _ in range(clients)]
         for thread in threads:
             thread.start()
@@ -1098,9 +1109,6 @@ class Clients:
     def resident(self):
         return int(Path(f"/proc/{self.process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
 
-
-PROMPTS = ["a gray cat with green eyes on a blue background", "an orange fox with amber eyes on a pink background",
-           "a white rabbit", "a brown bear with blue eyes on a teal background"]
 
 
 def serve_load(args, ckpt):
@@ -1128,7 +1136,7 @@ def serve_costs(args, ckpt):
         asked = dict(prompt=PROMPTS[0], negative_prompt="", output_format="png")
         alone, through = [], []
         for _ in range(60):  # not in turns: the threads of the one go on spinning for a moment while the other works
-            through.append(server.ask(connection, prompt=PROMPTS[0], seed=0, guidance_scale=1, num_inference_steps=1))
+            through.append(server.ask(connection, prompt=PROMPTS[0], seed=0, guidance_scale=1, num_inference_steps=1)[0])
         for _ in range(60):
             began = time.perf_counter()
             picture = serve.Picture(serve.Job(asked, 1.0, ()), 0, 0, model.shape(model.size, model.size), [1.0, 0.0], ())
@@ -1202,12 +1210,37 @@ def serve_pipeline(args):
     table(["speed, ours / diffusers", "clients of serve.py", "diffusers' pipeline", "serve.py", "diffusers"], rows)
 
 
+def serve_settings(args, ckpt):
+    """What steps, arithmetic and batching cost and are worth: held-out captions, asked for by 16 clients."""
+    captions = serve.read_model(ckpt, "text2img.py")[2]["prompts"]
+    captions, rows, drawn = [captions[i % len(captions)] for i in range(200)], [], {}
+    for dtype, batch, steps in [("fp32", 16, (20, 50, 10, 5, 3, 2, 1)), *((dtype, batch, (20,)) for dtype, batch in (
+            ("bf16", 16), ("bf16", 1), ("fp32", 1)))]:
+        with Clients(ckpt, args.device, "--dtype", dtype, "--max_batch", str(batch)) as server:
+            server.load(1, 3, num_inference_steps=2)
+            for n in steps:
+                alone, _ = server.load(1, 8, num_inference_steps=n)
+                pictures = {}
+                _, speed = server.load(16, len(captions), captions, pictures, num_inference_steps=n)
+                pictures = np.stack([pictures[i] for i in range(len(captions))])
+                drawn[dtype, batch, n] = pictures.astype(int)
+                other = drawn[dtype if batch == 1 else "fp32", 16, 20]
+                right = np.all(list(as_told(pictures, captions).values()), 0)
+                rows.append([str(n), dtype, str(batch), f"{100 * right.mean():.1f} %", f"{quality(pictures)['frechet']:.2f}",
+                             f"{statistics.median(alone):.2f} s", f"{speed:.1f}",
+                             f"{np.abs(drawn[dtype, batch, n] - other).max()}"])
+    print(f"## What a served picture costs and is worth: {ckpt}\n\n{machine(args.device)}")
+    table(["steps", "--dtype", "--max_batch", "as told", "Fréchet", "one client waits", "images/s, 16 clients",
+           "largest difference (of 255) from 20 steps in fp32, of --max_batch 1 from that of 16"], rows)
+
+
 def part_serve(args):
     serve_pipeline(args)
     ckpt = Path("out/text2img/model.safetensors")
     if ckpt.exists():
         serve_load(args, ckpt)
         serve_costs(args, ckpt)
+        serve_settings(args, ckpt)
     else:
         print(f"## serve: there is no {ckpt}; python text2img.py makes it\n")
 
