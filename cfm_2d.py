@@ -119,10 +119,10 @@ def check(args, error):
         error(f"--coupling_size has to divide {POOL}: a power of 2")
     if Path(args.out).is_file():
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
-    if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
-        error("--sample N and --ckpt FILE go together; to go on training use --resume")
     if sum(map(bool, (args.sample, args.oracle, args.from_ddpm))) > 1:
         error("--sample, --oracle and --from_ddpm exclude one another")
+    if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
+        error("--sample N and --ckpt FILE go together; to go on training use --resume")
     if args.resume and (args.oracle or args.from_ddpm) or args.sample and args.reflow:
         error("--resume and --reflow train; --oracle, --from_ddpm and --sample do not")
     plain = args.source == "gaussian" and args.coupling == "independent" and not args.meanflow

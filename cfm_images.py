@@ -185,6 +185,9 @@ def check(args, error):
         error("--cfg_interval takes two times, 0 <= first <= second <= 1")
     if Path(args.out).is_file():
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
+    out = Path(args.out).resolve()
+    if Path(args.data).is_dir() and Path(args.data).resolve() in (out, *out.parents):
+        error(f"--out {args.out} lies in --data {args.data}: its pictures would be learnt the next time")
     if bool(args.sample) != bool(args.ckpt or args.from_ddpm) or args.sample and args.resume or \
             args.input and not args.sample:
         error("--sample N and --ckpt FILE go together (and --input FOLDER with them); to go on training use --resume")
@@ -1655,8 +1658,8 @@ def publish(part, folder):
     """Moves what was drawn into the folder, in place of the numbered pictures there -> how many those were."""
     folder.mkdir(exist_ok=True)
     earlier = sorted(folder.glob("[0-9]" * 6 + ".png"))
-    for old in earlier:  # a larger earlier set must not mix with this one
-        old.unlink()
+    for old in (*earlier, folder / "metadata.jsonl"):  # a larger earlier set must not mix with this one
+        old.unlink(missing_ok=True)
     for new in part.iterdir():
         os.replace(new, folder / new.name)
     part.rmdir()

@@ -110,13 +110,13 @@ def check(args, error):
         error(f"--sample_steps can be at most T = {T}")
     if Path(args.out).is_file():
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
+    if args.oracle and (args.sample or args.resume):
+        error("--oracle needs no model: leave out --sample and --resume")
     if bool(args.sample) != bool(args.ckpt) or args.sample and args.resume:
         error("--sample N and --ckpt FILE go together; to go on training use --resume")
     for name in "steps batch_size lr ema_decay".split():
         if (args.sample or args.oracle) and name in args.given:
             error(f"--{name} is for training" + ("; for drawing say --sample_steps" if name == "steps" else ""))
-    if args.oracle and (args.sample or args.resume):
-        error("--oracle needs no model: leave out --sample and --resume")
     for name, choices in (("schedule", SCHEDULES), ("pred", PREDICTIONS), ("sampler", SAMPLERS)):
         if getattr(args, name) not in choices:
             error(f"--{name} is one of {', '.join(choices)}")

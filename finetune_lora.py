@@ -3275,8 +3275,8 @@ def publish(part, folder):
     """Moves what was drawn into the folder, in place of the numbered pictures there -> how many those were."""
     folder.mkdir(exist_ok=True)
     earlier = sorted(folder.glob("[0-9]" * 6 + ".png"))
-    for old in earlier:  # a larger earlier set must not mix with this one
-        old.unlink()
+    for old in (*earlier, folder / "metadata.jsonl"):  # a larger earlier set must not mix with this one
+        old.unlink(missing_ok=True)
     for new in part.iterdir():
         os.replace(new, folder / new.name)
     part.rmdir()
@@ -3334,7 +3334,7 @@ def sample_only(args):
         earlier = publish(part, out / "generated")
         save_png(out / "generated.png", grid)
         used = ", ".join(f"{file} x {weight}" for file, weight in files) or "no LoRA"
-        print(f"{n} pictures of {P} prompts in {out / 'generated'}"
+        print(f"{n} pictures of {min(n, P)} prompt{'s' * (min(n, P) > 1)} in {out / 'generated'}"
               + (f", in place of {earlier} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{base.kind} with {used}; {args.sampler}, {args.sample_steps} steps, --cfg_scale {args.cfg_scale}; "
               f"{time.time() - began:.0f} s on {device} x {world}")

@@ -173,6 +173,9 @@ def check(args, error):
         error("--cfg_interval takes two times, 0 <= first <= second <= 1")
     if Path(args.out).is_file():
         error(f"--out {args.out} is a file; it has to be a folder, or nothing yet")
+    out = Path(args.out).resolve()
+    if Path(args.data).is_dir() and Path(args.data).resolve() in (out, *out.parents):
+        error(f"--out {args.out} lies in --data {args.data}: its pictures would be learnt the next time")
     drawing = bool(args.sample or args.prompt)
     if drawing != bool(args.ckpt) or drawing and args.resume:
         error("--ckpt FILE goes with --prompt TEXT or --sample N; to go on training use --resume")
@@ -2327,8 +2330,8 @@ def publish(part, folder):
     """Moves what was drawn into the folder, in place of the numbered pictures there -> how many those were."""
     folder.mkdir(exist_ok=True)
     earlier = sorted(folder.glob("[0-9]" * 6 + ".png"))
-    for old in earlier:  # a larger earlier set must not mix with this one
-        old.unlink()
+    for old in (*earlier, folder / "metadata.jsonl"):  # a larger earlier set must not mix with this one
+        old.unlink(missing_ok=True)
     for new in part.iterdir():
         os.replace(new, folder / new.name)
     part.rmdir()
@@ -2402,7 +2405,7 @@ def sample_only(args):
             how += f"; texts of more than {reader.length} tokens, cut to that: {tokens.too_long}"
         if side != model.grid:
             how += f"; trained at {model.grid * args.size // side} pixels: the further from that, the worse"
-        print(f"{n} pictures of {P} prompts in {out / 'generated'}"
+        print(f"{n} pictures of {min(n, P)} prompt{'s' * (min(n, P) > 1)} in {out / 'generated'}"
               + (f", in place of {earlier} earlier ones" if earlier else "") + f"; see {out / 'generated.png'}\n"
               f"{how}; {time.time() - began:.0f} s on {device} x {world}")
 

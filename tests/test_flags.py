@@ -124,10 +124,12 @@ def test_earlier_pictures_stay_until_the_new_ones_are_there(script, tmp_path, mo
 
     def stop(*more, **how):
         raise KeyboardInterrupt
-    before, publish = pictures(), module.publish
+    publish = module.publish
     again = "--sample 2 --ckpt out/model.safetensors --seed 1 --device cpu".split()
+    (folder / "metadata.jsonl").write_text("captions of text2img.py's pictures, which were here")
+    before = pictures()
     monkeypatch.setattr(module, "publish", stop)
-    assert module.main(again) == 130 and len(before) == 5 and pictures() == before
+    assert module.main(again) == 130 and len(before) == 6 and pictures() == before
     assert len(list(Path("out/generated.part").iterdir())) == 2
     monkeypatch.setattr(module, "publish", publish)
     assert module.main(again) == 0 and len(pictures()) == 3 and not Path("out/generated.part").exists()
@@ -176,6 +178,10 @@ WITHOUT_EFFECT = [
     ("cfm_2d", "--from_ddpm model.safetensors --lr 1", "--lr is for training"),
     ("cfm_2d", "--sigma 0.1 --coupling ot", "--sigma is for --coupling sinkhorn alone"),
     ("cfm_2d", "--coupling_size 64", "--coupling_size is for --coupling ot and sinkhorn"),
+    *((script, "--data . --out x/y", "--out x/y lies in --data .: its pictures would be learnt the next time")
+      for script in ("ddpm_images", "cfm_images", "latent_dit", "text2img", "finetune_lora")),
+    ("ddpm_2d", "--oracle --sample 5", "--oracle needs no model: leave out --sample and --resume"),
+    ("cfm_2d", "--oracle --sample 5", "--sample, --oracle and --from_ddpm exclude one another"),
     ("ddpm_images", f"{DRAW} --no-flip", "--flip is for training"),
     ("ddpm_images", f"{DRAW} --min_snr=1", "--min_snr is for training"),
     ("cfm_images", f"{DRAW} --data drawn_faces", "--data is for training"),

@@ -49,7 +49,7 @@ def test_the_whole_path(tmp_path):
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 0, out[-3000:] + err[-3000:]
-    pictures = sorted((tmp_path / "served").iterdir())
+    pictures = sorted((tmp_path / "out/served").iterdir())
     assert [p.name for p in pictures] == ["1.png", "2.png", "3.png", "4.png"]
     drawn = [np.asarray(Image.open(p)) for p in pictures]
     assert all(d.shape == (32, 32, 3) and d.std() > 1 for d in drawn) and not np.array_equal(drawn[0], drawn[1])
