@@ -61,8 +61,7 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # Knobs.
 
-DEFAULT_CKPTS = [f"out/{name}/model.safetensors" for name in
-                 ("text2img", "latent_dit", "cfm_images", "ddpm_images")]
+DEFAULT_CKPTS = [f"out/{name}/model.safetensors" for name in ("text2img", "latent_dit")]
 
 
 def parse_args(argv=None):
@@ -95,7 +94,7 @@ def parse_args(argv=None):
     g.add_argument("--max_queue", type=int, default=64, help="pictures under way; more are answered 429")
     g.add_argument("--max_n", type=int, default=8, help="pictures in one request")
     g.add_argument("--max_steps", type=int, default=250, help="steps of one picture")
-    g.add_argument("--max_size", type=int, help="pixels a side; default twice those of training, for pixel models once")
+    g.add_argument("--max_size", type=int, help="pixels a side; default twice those of training")
     g.add_argument("--deadline", type=float, default=120, help="seconds after which a request is given up")
     g.add_argument("--connections", type=int, default=256, help="clients at the same time")
     g = p.add_argument_group("output and system", "on a CPU --dtype auto is fp32 here, not bf16, so that pictures do "
@@ -189,7 +188,7 @@ def step(model, pictures):
     if guided:
         cfg_scale = torch.tensor([pictures[i].job.cfg_scale for i in guided], device=z.device).view(-1, 1, 1, 1)
         d = d.index_copy(0, torch.tensor(guided, device=z.device), uncond + cfg_scale * (d[guided] - uncond))
-    x0 = model.clip(z - t * d)
+    x0 = z - t * d
     towards = torch.stack([look_back(p, x) for p, x in zip(pictures, x0)]) if model.multistep else x0
     for p, moved, x in zip(pictures, s / t * z + (1 - s / t) * towards, x0):     # = z + (s - t) d where towards is x0
         p.z, p.prev_x0, p.k = moved, x, p.k + 1
@@ -317,10 +316,10 @@ class Engine(threading.Thread):
 class Model:
     """What the engine needs to know of a model. size and unit: pixels a side in training, and what sides are multiples
     of; sample_steps, cfg_scale: unless a request says otherwise; cfg_interval: where guidance acts; multistep: whether
-    steps look back, as DPM-Solver++ does; max_growth: how many times as large pictures may be; parts: what LoRAs can be
-    put into, by name; network: what gives d. Each kind adds shape() of z and times() of a picture, check_text(), which
-    says what is wrong with a text, and read(), which makes tensors of it."""
-    cfg_interval, multistep, classes, max_growth = (0, math.inf), False, (), 2
+    steps look back, as DPM-Solver++ does; parts: what LoRAs can be put into, by name; network: what gives d. Each kind
+    adds shape() of z and times() of a picture, check_text(), which says what is wrong with a text, and read(), which
+    makes tensors of it."""
+    cfg_interval, multistep, classes = (0, math.inf), False, ()
 
     def __init__(self, name, file, args):
         self.name, self.created, self.args = name, int(file.stat().st_mtime), args
@@ -381,10 +380,6 @@ class Model:
     def init_noise_sigma(self, t):
         """The standard deviation of the noise that a picture begins with."""
         return 1.0
-
-    def clip(self, x0):
-        """An estimate of x0, limited to the range of the data; here there is no limit."""
-        return x0
 
     def warm_up(self, max_batch):
         """A step, so that the first request does not wait for what is done once; not of large pictures on a CPU."""
@@ -605,8 +600,8 @@ class ClassModel(Model):
         self.classes = list(about["classes"]) if told else []
         if self.args.quant:
             raise Stop(f"--quant is for models that are told a text; {path} is told a class, or nothing")
-        self.guidance, self.cfg_scale = bool(self.classes), saved.get("cfg_scale", 1.0) if self.classes else 1.0
-        self.cfg_interval, self.parts = saved.get("cfg_interval", self.cfg_interval), {}
+        self.guidance, self.cfg_scale = bool(self.classes), saved["cfg_scale"] if self.classes else 1.0
+        self.cfg_interval, self.parts = saved["cfg_interval"], {}
         self.examples = self.classes or [""]
         return tensors, saved, about
 
@@ -644,56 +639,6 @@ class LatentModel(ClassModel):
         self.network, self.vae = self.settle(self.network), self.settle(self.vae)
 
     shape, times = TextModel.shape, TextModel.times
-
-
-class PixelModel(ClassModel):
-    """A model.safetensors of cfm_images.py, a flow of pixels, or of ddpm_images.py, a diffusion: with DPM-Solver++, in
-    z and sigma as SDModel, and with x0 kept to the range of pictures, as ddpm_images.py keeps it."""
-    kind, max_growth = "pixels", 1
-
-    def __init__(self, path, args, script):
-        super().__init__(path.resolve().parent.name, path, args)
-        flow = script == "cfm_images.py"
-        tensors, saved, _ = self.describe(path, script)
-        sides = [saved[k] for k in "size patch width mults blocks attn dropout".split()] + [len(self.classes)]
-        self.network = VelocityUNet(saved["pred"], saved["meanflow"], *sides) if flow else UNet(*sides)
-        self.multistep, self.pred, self.shift = not flow, saved["pred"], saved.get("shift", 1.0)
-        alpha_bar = None if flow else make_alpha_bar(saved["schedule"])
-        if saved.get("meanflow"):
-            raise Stop(f"{path} is a MeanFlow, which this script does not know: cfm_images.py --sample draws")
-        if saved.get("condition", "none") != "none":
-            raise Stop(f"{path} translates pictures; this script serves models that draw from noise")
-        load_weights(self.network, tensors, path)
-        self.network = self.settle(self.network)
-        self.sigmas = None if flow else ((1 - alpha_bar) / alpha_bar).sqrt().numpy()
-        self.unit = self.size
-
-    def shape(self, width, height):
-        return 3, height, width
-
-    def times(self, steps, width, height):
-        if self.sigmas is None:
-            return time_grid(steps, self.shift)
-        return [*self.sigmas[np.linspace(T - 1, 0, steps).round().astype(int)].tolist(), 0.0]
-
-    def init_noise_sigma(self, t):
-        return 1.0 if self.sigmas is None else math.sqrt(1 + t * t)
-
-    def timestep(self, t):
-        return t if self.sigmas is None else float(np.interp(t, self.sigmas, range(T)).round())
-
-    def derivative(self, z, t, timesteps, text):
-        if self.sigmas is None:
-            return self.call_network(z, timesteps, text)
-        xt = z / (1 + t ** 2).sqrt()
-        return (z - to_x0(self.call_network(xt, timesteps, text), xt, 1 / (1 + t ** 2), self.pred)) / t
-
-    def clip(self, x0):
-        return x0 if self.sigmas is None else x0.clamp(-1, 1)
-
-    @torch.no_grad()
-    def decode(self, z):
-        return to_uint8(z[None])[0]
 
 
 # -----------------------------------------------------------------------------
@@ -2296,7 +2241,7 @@ class DiT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The transformer of latent_dit.py, which is told a class, and the UNets of ddpm_images.py and cfm_images.py.
+# The transformer of latent_dit.py, which is told a class.
 
 
 class LabelBlock(nn.Module):
@@ -2318,7 +2263,7 @@ class LabelDiT(nn.Module):
 
     def __init__(self, C, patch, depth, D, heads, n_classes):
         super().__init__()
-        self.patch, self.heads, self.y_null, self.grid = patch, heads, n_classes, None
+        self.patch, self.heads, self.grid = patch, heads, None
         self.embed = nn.Conv2d(C, D, patch, patch)
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Embedding(n_classes + 1, D) if n_classes else None       # the last means "no label"
@@ -2340,167 +2285,6 @@ class LabelDiT(nn.Module):
         shift, scale = self.adaLN(emb)[:, None].chunk(2, -1)
         x = self.out(self.norm(x) * (1 + scale) + shift)                         # (B, N, C patch^2)
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (H, W)), self.patch)           # (B, C, H, W)
-
-
-class Attention(nn.Module):
-    """Self-attention over the positions of a feature map, in heads of 32 channels; starts as the identity."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.norm, self.qkv, self.proj = nn.GroupNorm(32, c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
-
-    def forward(self, x):                                                        # (B, C, H, W)
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, C // 32, 32, H * W)           # (B, 3, heads, 32, N)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, N, 32) each
-        out = attend(q, k, v)                                                    # (B, heads, N, 32)
-        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))          # (B, C, H, W)
-
-
-class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; the embedding scales and shifts the second norm (FiLM; ADM section 3)."""
-
-    def __init__(self, c_in, c_out, c_emb, attn, dropout):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.film = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(32, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attn = Attention(c_out) if attn else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # a block starts as its skip connection, so that deep nets train at once
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x, emb):                                                   # (B, c_in, H, W), (B, c_emb)
-        h = self.conv1(F.silu(self.norm1(x)))                                    # (B, c_out, H, W)
-        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)              # (B, c_out, 1, 1) each
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)                          # (B, c_out, H, W)
-        return self.attn(self.skip(x) + self.conv2(self.dropout(h)))             # (B, c_out, H, W)
-
-
-class UNet(nn.Module):
-    """(xt, t, y, cond) -> out. xt (B, 3, H, W), t (B,) in 0..T-1, y (B,) labels, cond (B, c_cond, H, W).
-
-    With patch > 1 the UNet works on patches, patch^2 times cheaper. A thin path of two convolutions at full
-    resolution, from its input past it to its output, hides the seams between the patches.
-    # differs from the paper: heads of 32 channels, not 64; single convolutions between the resolutions; as many blocks
-    # and skips on the way up as on the way down, not one more. All of it is faster."""
-
-    def __init__(self, size, patch, width, mults, blocks, attn, dropout, n_classes=0, c_cond=0):
-        super().__init__()
-        c, side, D, c_thin = width, size // patch, 4 * width, 8 if patch > 1 else 0
-        self.width, self.patch, self.y_null = width, patch, n_classes  # the label after the last means "no label"
-        self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
-        self.label = nn.Embedding(n_classes + 1, D) if n_classes else None
-        self.thin_in = nn.Conv2d(3 + c_cond, c_thin, 3, padding=1) if patch > 1 else nn.Identity()
-        self.conv_in = nn.Conv2d((c_thin or 3 + c_cond) * patch ** 2, c, 3, padding=1)
-        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), []
-        for i, mult in enumerate(mults):
-            for _ in range(blocks):
-                self.down.append(ResBlock(c, width * mult, D, side <= attn, dropout))
-                c = width * mult
-                skips.append(c)
-            if i < len(mults) - 1:
-                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-                side //= 2
-        self.mid = nn.ModuleList([ResBlock(c, c, D, True, dropout), ResBlock(c, c, D, False, dropout)])
-        for i, mult in reversed(list(enumerate(mults))):
-            for _ in range(blocks):
-                self.up.append(ResBlock(c + skips.pop(), width * mult, D, side <= attn, dropout))
-                c = width * mult
-            if i > 0:
-                below, c = c, width * mults[i - 1]
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(below, c, 3, padding=1)))
-                side *= 2
-        self.norm = nn.GroupNorm(32, c)
-        self.conv_out = nn.Conv2d(c, (c_thin or 3) * patch ** 2, 3, padding=1)
-        self.thin_out = nn.Conv2d(2 * c_thin, 3, 3, padding=1) if patch > 1 else nn.Identity()
-        last = self.thin_out if patch > 1 else self.conv_out
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-
-    def embed(self, t, y):                                                       # (B,), (B,) or None
-        emb = self.time(waves(t, self.width).to(self.time[0].weight.dtype))      # (B, D)
-        if self.label is None:
-            return emb
-        return emb + self.label(torch.full(t.shape, self.y_null, device=t.device) if y is None else y)
-
-    def forward(self, xt, t, y=None, cond=None):                                 # (B, 3, H, W), (B,)
-        return self.body(xt if cond is None else torch.cat([xt, cond], 1), F.silu(self.embed(t, y)))
-
-    def body(self, x, emb):                                                      # (B, 3 + c_cond, H, W), (B, D)
-        thin = self.thin_in(x)                                                   # (B, c_thin, H, W)
-        h = self.conv_in(F.pixel_unshuffle(thin, self.patch))                    # (B, width, H / patch, W / patch)
-        skips = []
-        for layer in self.down:
-            if isinstance(layer, ResBlock):
-                h = layer(h, emb)
-                skips.append(h)
-            else:
-                h = layer(h)                                                     # half the side
-        for layer in self.mid:
-            h = layer(h, emb)                                                    # the lowest resolution
-        for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, ResBlock) else layer(h)
-        h = F.pixel_shuffle(self.conv_out(F.silu(self.norm(h))), self.patch)     # (B, c_thin, H, W)
-        return self.thin_out(torch.cat([F.silu(h), thin], 1)) if self.patch > 1 else h
-
-
-T_MIN = 0.05  # v = (xt - x0) / t has no bound at t = 0: nearer than this it is divided by T_MIN, and so a little slow:
-
-
-T_SCALE = 30  # waves() sees 30 t. With DDPM's 1,000 t the derivative by t, for MeanFlow, explodes
-
-
-class VelocityUNet(UNet):
-    """The UNet as a velocity field: (xt, t, y) -> v, with times t (B,) in [0, 1]; one for MeanFlow takes r (B,) as
-    well, and gives the mean velocity from t to r.
-
-    What the network itself puts out is v, or (pred x0) the picture x0 where a line to xt begins, and v = (xt - x0) / t.
-    Pictures are smooth and noise is not: on patches only x0 fits through the network (2511.13720). In MeanFlow it then
-    is the picture to which the mean velocity points."""
-
-    def __init__(self, pred, meanflow, size, patch, width, mults, blocks, attn, dropout, n_classes=0):
-        super().__init__(size, patch, width, mults, blocks, attn, dropout, n_classes)
-        D, self.pred = 4 * width, pred
-        self.span = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D)) if meanflow else None
-        if meanflow:
-            nn.init.zeros_(self.span[-1].weight)  # to begin with, a mean velocity is that at t
-            nn.init.zeros_(self.span[-1].bias)
-
-    def forward(self, xt, t, y=None, r=None):                                    # (B, 3, H, W), (B,), (B,), (B,)
-        emb = self.embed(T_SCALE * t, y)                                         # (B, D)
-        if self.span is not None:
-            emb = emb + self.span(waves(T_SCALE * (t - (t if r is None else r)), self.width).to(emb.dtype))
-        out = self.body(xt, F.silu(emb)).to(xt.dtype)                            # (B, 3, H, W)
-        return (xt - out) / t.clamp(min=T_MIN).view(-1, 1, 1, 1) if self.pred == "x0" else out
-
-
-T = 1000
-
-
-def make_alpha_bar(schedule):
-    """alpha_bar (T,) in float64, the product of 1 - beta. linear: DDPM section 4; cosine: 2102.09672 eq. 17."""
-    if schedule == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    elif schedule == "cosine":
-        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(f"no schedule {schedule}")
-    return torch.cumprod(1 - beta, 0)
-
-
-def to_x0(out, xt, ab, pred):
-    """The clean picture that the network's output stands for, add_noise solved for x0. The output is the noise (eps,
-    DDPM), the picture (x0), or a mix of both that has something to tell at every t (v)."""
-    if pred == "eps":
-        return (xt - (1 - ab) ** 0.5 * out) / ab ** 0.5
-    if pred == "v":  # from out = sqrt(ab) eps - sqrt(1 - ab) x0
-        return ab ** 0.5 * xt - (1 - ab) ** 0.5 * out
-    return out
 
 
 # -----------------------------------------------------------------------------
@@ -3087,8 +2871,7 @@ def open_model(args):
     if name is None:
         raise Stop("there is no model in out/ yet: python text2img.py trains one in 10 to 20 minutes, or say --ckpt "
                    "FILE")
-    kinds = {"text2img.py": TextModel, "latent_dit.py": LatentModel, "cfm_images.py": PixelModel,
-             "ddpm_images.py": PixelModel}
+    kinds = {"text2img.py": TextModel, "latent_dit.py": LatentModel}
     if Path(name).is_file():
         _, about = load_safetensors(name)
         if about.get("script") not in kinds:
@@ -3100,7 +2883,7 @@ def open_model(args):
             raise Stop(f"{name} does not describe its model: {e!r}; has it been edited?")
     else:
         model = SDModel(name, args)
-    model.max_size = args.max_size or model.max_growth * model.size
+    model.max_size = args.max_size or 2 * model.size
     if model.max_size < model.size:
         raise Stop(f"--max_size {args.max_size} is less than the model draws, {model.size}")
     if args.lora_dir and not Path(args.lora_dir).is_dir():

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 import finetune_lora
+import latent_dit
 import serve as mm
 import text2img
 
@@ -281,32 +282,25 @@ def test_more_steps_than_a_diffusion_has_levels(folder, monkeypatch):
         assert all(a > b for steps in (1, 2, 500, 900) for times in [model.times(steps, 64, 64)] for a, b in zip(times, times[1:]))
 
 
-@pytest.mark.parametrize("script, flags, asked", [
-    ("latent_dit", [], {}), ("latent_dit", ["--no-class_cond"], {}), ("latent_dit", ["--cfg_scale", 3], dict(guidance_scale=3)),
-    ("latent_dit", ["--size", 48], dict(size="48x48")), ("cfm_images", [], {}), ("cfm_images", ["--no-class_cond"], {}),
-    ("ddpm_images", ["--class_cond"], {}), ("ddpm_images", [], {}), ("ddpm_images", ["--class_cond"], dict(guidance_scale=2))])
-def test_models_that_are_told_a_class(script, flags, asked, tmp_path, monkeypatch):
-    """As latent_dit.py, cfm_images.py and ddpm_images.py draw them, of every class together."""
-    import importlib
-    module = importlib.import_module(script)
+@pytest.mark.parametrize("flags, asked", [
+    ([], {}), (["--no-class_cond"], {}), (["--cfg_scale", 3], dict(guidance_scale=3)), (["--size", 48], dict(size="48x48"))])
+def test_models_that_are_told_a_class(flags, asked, tmp_path, monkeypatch):
+    """As latent_dit.py draws them, of every class together."""
     monkeypatch.chdir(tmp_path)
     common = ["--device", "cpu", "--dtype", "fp32"]
     of_model = [flag for flag in flags if "class_cond" in str(flag)]
-    assert module.main([str(word) for word in ["--smoke", "--data", "drawn_faces", "--out", "out/x", *common, *of_model]]) == 0
+    assert latent_dit.main([str(word) for word in ["--smoke", "--data", "drawn_faces", "--out", "out/x", *common, *of_model]]) == 0
     tensors, about = mm.load_safetensors("out/x/model.safetensors")
     g = torch.Generator().manual_seed(0)
     finetune_lora.save_safetensors(Path("out/x/model.safetensors"), {
         k: v if k.startswith(("vae", "z_")) else v + 0.03 * torch.randn(v.shape, generator=g) for k, v in tensors.items()}, about)
     classes = json.loads(about["data"])["classes"] if json.loads(about["args"])["class_cond"] else []
     n = max(1, len(classes))
-    how = dict(cfm_images=["--sampler", "euler"], ddpm_images=["--sampler", "dpmpp_2m"]).get(script, [])
-    if "guidance_scale" in asked:
-        how += ["--cfg_scale", asked["guidance_scale"]]
-    told = ["--ckpt", "out/x/model.safetensors", "--sample", n, "--sample_steps", 5, *common, *how, "--seed", 7]
-    told += [flag for flag in flags if flag in ("--size", 48)]
-    assert module.main([str(word) for word in told]) == 0
+    told = ["--ckpt", "out/x/model.safetensors", "--sample", n, "--sample_steps", 5, *common, "--seed", 7]
+    told += [flag for flag in flags if flag not in of_model]
+    assert latent_dit.main([str(word) for word in told]) == 0
     theirs = [np.asarray(Image.open(f"out/x/generated/{i:06d}.png")).astype(int) for i in range(n)]
-    monkeypatch.setattr(mm, "image_noise", lambda seed, indices, shape, device: module.image_noise(7, [seed], shape, device))
+    monkeypatch.setattr(mm, "image_noise", lambda seed, indices, shape, device: latent_dit.image_noise(7, [seed], shape, device))
     with another("--ckpt", "out/x/model.safetensors", "--max_batch", 3, "--max_queue", 99) as server:
         ours = [None] * n
 
@@ -1039,9 +1033,8 @@ def test_the_page_waits_for_the_model(browser, server):
 
 @pytest.mark.parametrize("flags", ["--class_cond", "--no-class_cond"])
 def test_the_page_of_a_model_that_is_told_a_class_or_nothing(flags, browser, tmp_path, monkeypatch):
-    import ddpm_images
     monkeypatch.chdir(tmp_path)
-    assert ddpm_images.main(f"--smoke --data drawn_faces --out out/x --device cpu --dtype fp32 {flags}".split()) == 0
+    assert latent_dit.main(f"--smoke --data drawn_faces --out out/x --device cpu --dtype fp32 {flags}".split()) == 0
     told = flags == "--class_cond"
     with another("--ckpt", "out/x/model.safetensors") as server:
         browser.open(server.url)
