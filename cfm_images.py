@@ -1,15 +1,15 @@
 """Flow matching on images: a UNet learns the velocity that carries noise to images along straight lines.
 
-    python cfm_images.py                              # animal faces that the script draws itself: no download, no GPU
-    python cfm_images.py --data animal_faces          # the AFHQ photographs, downloaded once
-    python cfm_images.py --data my_photos --class_cond --cfg_scale 2        # sub-folders are the classes
-    python cfm_images.py --resume                     # go on after Ctrl-C as if it had never happened
-    python cfm_images.py --sample 64 --sampler heun --sample_steps 8        # generate with the model trained in --out
+    python cfm_images.py                       # animal faces that the script draws itself: no download, no GPU
+    python cfm_images.py --data animal_faces   # the AFHQ photographs, downloaded once
+    python cfm_images.py --data my_photos --class_cond --cfg_scale 2   # the sub-folders are the classes
+    python cfm_images.py --resume              # go on after Ctrl-C as if it had never happened
+    python cfm_images.py --sample 64 --sampler midpoint --sample_steps 8   # images by the model in --out
     torchrun --nproc_per_node=8 cfm_images.py --data animal_faces
 
 MEASURED
 Papers: flow matching 2210.02747, rectified flow 2209.03003, logit-normal times 2403.03206, x0 as output 2511.13720,
-min-SNR 2303.09556, the UNet of ADM 2105.05233, classifier-free guidance 2207.12598.
+min-SNR 2303.09556, the UNet of ADM 2105.05233, classifier-free guidance 2207.12598, Heun's last step 2206.00364.
 """
 import argparse
 import copy
@@ -38,9 +38,9 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # The method. xt = (1 - t) x0 + t eps is a point on the straight line from an image x0 in [-1, 1] at t = 0 to noise eps
 # at t = 1; its velocity there is eps - x0. Many lines cross at xt, so a network regressed on the velocity learns their
-# mean. Sampling follows that mean from noise back to an image. (torchcfm and flow_matching write 1 - t, and -v.)
+# mean. Sampling follows that mean from noise back to an image. (The libraries torchcfm, flow_matching write 1 - t, -v.)
 
-T_MIN = 0.05  # v = (xt - x0) / t has no bound at t = 0
+T_MIN = 0.05  # v = (xt - x0) / t makes an error of x0 1 / t times as large: below this t it is divided by this
 
 
 def add_noise(x0, eps, t):
@@ -49,19 +49,19 @@ def add_noise(x0, eps, t):
 
 
 def to_velocity(out, xt, t, pred):
-    """The velocity that a network output stands for. Images are smooth and noise is not: on patches only x0 fits
-    through the network (2511.13720)."""
+    """The velocity that a network output stands for: v itself or, from x0, (xt - x0) / t. Images are smooth and noise
+    is not: on patches only x0 fits through the network (2511.13720)."""
     return (xt - out) / t.clamp(min=T_MIN) if pred == "x0" else out
 
 
 def loss_fn(model, x0, eps, t, pred, min_snr=0.0):
-    """Mean squared error of the velocity, 2210.02747 eq. 9: x0, eps (B, C, H, W), t (B,) -> (B,). min_snr > 0 weights
+    """Squared error of the velocity, 2210.02747 eq. 9: x0, eps (B, C, H, W), t (B,) -> (B,). min_snr > 0 weights
     the error of x0, which is t times that of v, by min(SNR, min_snr), 2303.09556, where SNR = ((1 - t) / t)^2."""
     t_ = t.view(-1, 1, 1, 1)
     xt = add_noise(x0, eps, t_)
     v = to_velocity(model(xt, t).to(x0.dtype), xt, t_, pred)
-    # differs from the paper: at least 0.02, or the first steps of sampling, nearly pure noise, would stay untrained
-    weight = t_ ** 2 * ((1 - t_) / t_).square().clamp(0.02, min_snr) if min_snr > 0 else 1.0
+    # differs from the paper: at least 0.05, or the first steps of sampling, nearly pure noise, would stay untrained
+    weight = t_ ** 2 * ((1 - t_) / t_).square().clamp(0.05, min_snr) if min_snr > 0 else 1.0
     return (weight * (v - (eps - x0)) ** 2).mean((1, 2, 3))
 
 
@@ -69,7 +69,7 @@ def loss_fn(model, x0, eps, t, pred, min_snr=0.0):
 def sample(model, noise, pred, sampler, steps, on_step=None, start=1.0, end=0.0):
     """Noise -> images (B, C, H, W), in `steps` steps; with start=0, end=1 images -> noise. noise is an iterator over
     (B, C, H, W): first the start, then what the ancestral sampler adds on the way. on_step(t, xt, x0) is called at each
-    step. midpoint and heun call the network twice a step."""
+    step. midpoint and heun call the network twice a step, but heun not in the last."""
     def velocity(x, t):
         t = torch.full((len(x), 1, 1, 1), t, device=x.device)
         return to_velocity(model(x, t.flatten()).to(x.dtype), x, t, pred)
@@ -80,21 +80,21 @@ def sample(model, noise, pred, sampler, steps, on_step=None, start=1.0, end=0.0)
         v = velocity(xt, t)
         if on_step:
             on_step(t, xt, xt - t * v)
-        if sampler == "euler":
+        if sampler == "euler" or (sampler == "heun" and s == 0):  # v is hardest to know at t = 0: EDM algorithm 1
             xt = xt + h * v
         elif sampler == "midpoint":
             xt = xt + h * velocity(xt + h / 2 * v, t + h / 2)
         elif sampler == "heun":
             xt = xt + h * (v + velocity(xt + h * v, s)) / 2
-        else:                                            # ancestral: part of the noise is replaced by fresh noise,
-            x0, eps = xt - t * v, xt + (1 - t) * v       # DDPM eq. 7 (2006.11239) in these coordinates
-            kept = (s * (1 - t) / (t * (1 - s))) ** 2    # SNR at t over SNR at s
+        elif sampler == "ancestral":  # part of the noise is replaced by fresh noise,
+            x0, eps = xt - t * v, xt + (1 - t) * v  # DDPM eq. 7 (2006.11239) in these coordinates
+            kept = (s * (1 - t) / (t * (1 - s))) ** 2  # SNR at t over SNR at s
             xt = add_noise(x0, kept ** 0.5 * eps + (1 - kept) ** 0.5 * next(noise), s)
     return xt
 
 
 def guided(model, y, y_null, cfg_scale, xt, t):
-    """Classifier-free guidance: away from the output without a label. cfg_scale is 1 + w of 2207.12598."""
+    """The output for labels y, away from the one for "no label" (y_null); cfg_scale is 1 + w of 2207.12598."""
     out = model(xt, t, y)
     if cfg_scale == 1:
         return out
@@ -103,7 +103,7 @@ def guided(model, y, y_null, cfg_scale, xt, t):
 
 
 # -----------------------------------------------------------------------------
-# The model: a UNet after ADM's (2105.05233), on pixels or on patches, with the label as an extra.
+# The model: the UNet of ADM (2105.05233), small, on patches of pixels, with a label.
 
 
 def zero(layer):
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, C // 32, 32, H * W)           # (B, 3, heads, 32, N)
         q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, N, 32) each
-        out = (q * 32 ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v                # (B, heads, N, 32)
+        out = (q @ k.mT * 32 ** -0.5).softmax(-1).to(v.dtype) @ v                # (B, heads, N, 32)
         return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))          # (B, C, H, W)
 
 
@@ -149,7 +149,7 @@ class ResBlock(nn.Module):
 
 
 def timestep_embedding(t, width):
-    """Sinusoidal features of times t (B,), (B, width), 1706.03762 section 3.5."""
+    """Times t (B,) -> sinusoidal features (B, width), 1706.03762 section 3.5."""
     freq = torch.exp(-math.log(10_000) / (width // 2) * torch.arange(width // 2, device=t.device))
     angle = t[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -158,8 +158,8 @@ def timestep_embedding(t, width):
 class UNet(nn.Module):
     """(xt, t, y) -> out. xt (B, 3, H, W), t (B,) in [0, 1], y (B,) labels.
 
-    It works on patches, patch^2 times cheaper; a stem and a head at full resolution, joined by a skip, hide the seams.
-    # differs from the paper: heads of 32 channels, single convolutions between levels, as many blocks up as down."""
+    It works on patches, patch^2 times cheaper; a stem and a head on pixels, joined by a skip, hide the patch borders.
+    Differs from ADM: heads of 32 channels, single convolutions between levels, as many blocks up as down."""
 
     def __init__(self, args):
         super().__init__()
@@ -171,7 +171,7 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.conv_in = nn.Conv2d(8 * self.patch ** 2, c, 3, padding=1)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), []
-        attn = range(len(args.mults))[-args.attn:]  # self-attention at that many of the lowest resolutions
+        attn = range(len(args.mults) - args.attn, len(args.mults))  # levels with self-attention
         for i, mult in enumerate(args.mults):
             for _ in range(args.blocks):
                 self.down.append(ResBlock(c, args.width * mult, D, i in attn, args.dropout))
@@ -186,14 +186,14 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(c + skips.pop(), args.width * mult, D, i in attn, args.dropout))
                 c = args.width * mult
             if i > 0:
-                below = args.width * args.mults[i - 1]
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, below, 3, padding=1)))
-                c = below
+                finer = args.width * args.mults[i - 1]
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, finer, 3, padding=1)))
+                c = finer
         self.conv_out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, 8 * self.patch ** 2, 3, padding=1))
         self.head = zero(nn.Conv2d(8 + 8, 3, 3, padding=1))
 
     def forward(self, xt, t, y):                                                 # (B, 3, H, W), (B,), (B,)
-        emb = self.time(timestep_embedding(30 * t, self.width).to(xt.dtype))     # (B, D)
+        emb = self.time(timestep_embedding(1000 * t, self.width).to(xt.dtype))   # (B, D)
         emb = F.silu(emb if self.label is None else emb + self.label(y))
         x = self.stem(xt)                                                        # (B, 8, H, W)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))                       # (B, width, H / patch, W / patch)
@@ -222,11 +222,11 @@ def get_batch(data, args, rank, world):
     mirror, drop = torch.rand(2, B)
     eps = torch.randn(B, 3, args.size, args.size)
     mine = slice(B * rank // world, B * (rank + 1) // world)
-    i = data.train[i[mine].numpy()]
+    i = data.train[i[mine].numpy()]  # numbers of images
     x0 = to_tensor(data.images[i], args.device)
     if args.flip:
         x0 = torch.where((mirror[mine] < 0.5).view(-1, 1, 1, 1).to(args.device), x0.flip(-1), x0)
-    y = torch.where(drop[mine] < 0.1, len(data.classes), data.labels[i])  # label dropout, for guidance
+    y = torch.where(drop[mine] < 0.1, len(data.classes), data.labels[i])  # label dropout, for guidance: y_null
     return x0, eps[mine].to(args.device), t[mine].to(args.device), y.to(args.device)
 
 
@@ -234,7 +234,7 @@ def get_batch(data, args, rank, world):
 def validate(model, data, args):
     """The loss on held-out images, at fixed noise and evenly spread t."""
     losses = []
-    for k in np.array_split(np.arange(len(data.val)), -(-len(data.val) // 64)):
+    for k in np.array_split(np.arange(len(data.val)), math.ceil(len(data.val) / 64)):
         i = data.val[k]
         x0, y = to_tensor(data.images[i], args.device), data.labels[i].to(args.device)
         t = torch.from_numpy((k + 0.5) / len(data.val)).float().to(args.device)
@@ -256,7 +256,7 @@ def generate(model, args, indices, sampler=None, steps=None, noise=None, on_step
 
 
 def show(out, model, args, x0):
-    """Images of how it works: the way to noise, the way back, what few steps give, and what lies between two images."""
+    """How it works: the way to noise, the way back, what few steps give, and what lies between two images."""
     n = len(x0[:4])
     eps = next(image_noise(args.seed, range(n), x0.shape[1:], args.device))
     xt = torch.stack([add_noise(x0[:n], eps, t) for t in np.linspace(0, 1, 10).tolist()], 1)
@@ -264,13 +264,13 @@ def show(out, model, args, x0):
 
     frames = []  # above: xt, below: the x0 that the model sees in it
     generate(model, args, range(n), on_step=lambda t, *x: frames.append(tile(to_uint8(torch.cat(x)), n)))
-    save_gif(out / "reverse.gif", frames[:-1:-(-len(frames) // 25)] + frames[-1:])
+    save_gif(out / "reverse.gif", frames[:-1:math.ceil(len(frames) / 25)] + frames[-1:])
 
     few = [generate(model, args, range(8), "euler", steps) for steps in (1, 2, 4, 8, 16, 64)]
     save_png(out / "steps.png", to_uint8(torch.cat(few)), 8)
 
     ends = x0[[0, -1]]  # two images to noise and, along an arc between the noises, back
-    z = generate(model, args, range(2), "midpoint", 64, iter([ends]), start=0.0, end=1.0)
+    z = generate(model, args, [0, 0], "midpoint", 64, iter([ends]), start=0.0, end=1.0)
     angle = torch.linspace(0, math.pi / 2, 8, device=args.device).view(-1, 1, 1, 1)
     x = generate(model, args, [0] * 8, "midpoint", 64, iter([angle.cos() * z[0] + angle.sin() * z[1]]))
     save_png(out / "interpolation.png", to_uint8(torch.cat([ends[:1], x, ends[1:]])), 10)
@@ -284,7 +284,7 @@ def train(args, ckpt, rank, world):
     if len(data.images) < 16:
         raise SystemExit(f"training takes at least 16 images; --data {args.data} has {len(data.images)}")
     if ckpt and data.classes != args.classes:
-        raise SystemExit(f"--data {args.data} has the classes {data.classes}, the model {args.classes}")
+        raise SystemExit(f"--data has the classes {data.classes}, the model {args.classes}")
     args.classes = data.classes
 
     torch.manual_seed(args.seed)
@@ -295,28 +295,27 @@ def train(args, ckpt, rank, world):
     start, log = 0, []
     if ckpt:
         start, log = ckpt["step"], ckpt["log"]
-        model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        opt.load_state_dict(ckpt["opt"])
+        for part, state in (model, "model"), (ema, "ema"), (opt, "opt"):
+            part.load_state_dict(ckpt[state])
     if "cuda" in args.device:
         model.compile()
     if world > 1:
         model = nn.parallel.DistributedDataParallel(raw_model, [args.device] if "cuda" in args.device else None)
     if rank == 0:
-        size = sum(p.numel() for p in ema.parameters())
-        print(f"{args.data}: {len(data.train)} images; {size:,} parameters; {world} x {args.device}; writes to {out}")
+        print(f"{args.data}: {len(data.train)} images; {world} x {args.device}; writes to {out}")
 
     stop = []
-    if world == 1:  # Ctrl-C ends the run after a step; several processes would stop at different ones, and just end
+    if world == 1:  # Ctrl-C saves after the step; several processes would stop at different ones, and just end
         signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     amp = autocast(args.device)
-    began = clock = time.time()
-    losses = []
+    losses, clock = [], time.time()
+    began = clock - (log[-1]["seconds"] if log else 0)
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=None if rank == 0 else True)
     for step in bar:
         opt.param_groups[0]["lr"] = args.lr * min(1, step / 50)  # warm-up, while Adam's averages settle
-        torch.manual_seed(seed_of(args.seed, 1, step))           # all randomness of a step, dropout too
+        torch.manual_seed(seed_of(args.seed, 1, step))           # the same batch in every process
         x0, eps, t, y = get_batch(data, args, rank, world)
+        torch.manual_seed(seed_of(args.seed, 2, step, rank))     # dropout: another mask in each
         with amp:
             loss = loss_fn(partial(model, y=y), x0, eps, t, args.pred, args.min_snr).mean()
         loss.backward()
@@ -340,14 +339,15 @@ def train(args, ckpt, rank, world):
                 print("  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
                 if not log[-1]["val_loss"] < 100:  # NaN, too
                     raise SystemExit(f"training diverged: lower --lr; {out}/ckpt.pt, if any, is from before")
-                ckpt = dict(args={k: v for k, v in vars(args).items() if k not in OF_THE_MOMENT}, step=step, log=log,
-                            model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
-                write_atomically(out / "ckpt.pt", partial(torch.save, ckpt))
+                settings = {k: v for k, v in vars(args).items() if k not in OF_THE_MOMENT}
+                state = dict(args=settings, step=step, log=log, model=raw_model.state_dict(), ema=ema.state_dict(),
+                             opt=opt.state_dict())
+                write_atomically(out / "ckpt.pt", partial(torch.save, state))
                 write_atomically(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in log))
                 plot_loss(out / "loss.png", log)
                 save_png(out / f"samples/{step:06d}.png", to_uint8(generate(ema, args, range(64))), 8)
             losses, clock = [], time.time()
-        if stop:
+        if stop and evaluate:  # a Ctrl-C that came since `evaluate` counts at the next step
             raise SystemExit(f"stopped at step {step}; go on with --resume")
     if rank == 0:
         show(out, ema, args, to_tensor(data.images[data.val[:4]], args.device))
@@ -368,7 +368,7 @@ def sample_images(args, ckpt, rank, world):
         x = generate(model, args, i)
         for number, image in zip(i, to_uint8(x)):
             save_png(out / f"generated/{number:06d}.png", image[None], 1)
-        if rank == k == 0:
+        if rank == 0 and k == 0:
             save_png(out / "generated.png", to_uint8(x), 8)
     if rank == 0:
         print(f"{args.sample} images in {out}/generated; see {out}/generated.png")
@@ -388,16 +388,16 @@ def read_image(source, size):
     try:
         im = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
         if im.mode in ("I", "F"):
-            raise ValueError("32 bits a channel have no known range: save it with 8 or 16")
-        turn = UPRIGHT.get(im.getexif().get(0x0112))  # ImageOps.exif_transpose raises where other entries are odd
+            raise ValueError("32 bits have no known range, save it with 8 or 16")
+        turn = UPRIGHT.get(im.getexif().get(0x0112))  # ImageOps.exif_transpose also reads other, odd entries
         im = im if turn is None else im.transpose(turn)
-        if im.mode.startswith("I;16"):                # convert() would clip at 255
+        if im.mode.startswith("I;16"):  # convert() would clip at 255
             im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
         if im.has_transparency_data:
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
         return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size), Image.LANCZOS))
     except Exception as e:  # a broken file can raise anything in Pillow
-        return f"{source}: {e}"
+        return f"{source}: {e}"[-200:]
 
 
 def read_images(sources, size, key):
@@ -435,7 +435,7 @@ def list_files(path):
     if not folder.is_dir():
         raise SystemExit(f"--data {path}: not a folder, .zip or .npz")
     if (folder / "dataset.json").exists():
-        raise SystemExit(f"--data {path}: its dataset.json is not read; sort the images into a folder for each class")
+        raise SystemExit(f"--data {path}: dataset.json is not read; sort the images into a folder for each class")
     names = sorted(glob.glob("**", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     files = {folder / name: set(Path(name.lower()).parts) for name in names if not os.path.isdir(folder / name)}
     train = [p for p, parts in files.items() if parts & {"train", "training"}]
@@ -448,24 +448,24 @@ def animal_faces():
     path = Path("data/animal_faces.zip")
     path.parent.mkdir(exist_ok=True)
     try:
-        if not path.exists():
-            torch.hub.download_url_to_file(AFHQ_URL, path)
-    except OSError as e:
-        print(f"animal_faces cannot be downloaded ({e}), so drawn_faces take their place; or put {AFHQ_URL} at {path}")
-        path = "drawn_faces"
-    return path
+        if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            torch.hub.download_url_to_file(AFHQ_URL, f"{path}.part")
+            zipfile.ZipFile(f"{path}.part").close()  # raises for half a file, and for a web page
+            os.replace(f"{path}.part", path)
+    except (OSError, zipfile.BadZipFile) as e:
+        print(f"animal_faces cannot be downloaded ({e}): drawn_faces take their place, or put {AFHQ_URL} at {path}")
+    return path if path.exists() else "drawn_faces"
 
 
 def load_data(data, size):
-    """--data -> images uint8 (N, size, size, 3), labels (N,), names of the classes, which images train and val have.
-
-    The class of an image is its folder. The first process of a node reads the images, the others find them read."""
+    """--data -> images uint8 (N, size, size, 3), labels (N,), names of the classes, which are those of the folders, and
+    which images train and val have. The first process of a node reads the images, the others find them read."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank > 0:
         dist.barrier()
     path = Path(animal_faces() if data == "animal_faces" else data)
     stamp = [inspect.getsource(read_image), inspect.getsource(draw_face), TRAITS, FURS, EYES, BACKGROUNDS]
-    if path.name == "drawn_faces":
+    if str(path) == "drawn_faces":
         sources = list(range(16_000))
         labels = [face_traits(np.random.default_rng((0, i)))[0] for i in sources]
     elif path.suffix == ".npz":
@@ -496,17 +496,17 @@ def to_uint8(x):
 
 
 # -----------------------------------------------------------------------------
-# Helpers and, at the end, drawn faces, the data set that needs no download. Nothing from here on is about diffusion.
+# Helpers and, at the end, drawn faces, the data set that needs no download.
 
 
 def seed_of(*numbers):
-    """Whole numbers -> a seed unrelated to that of any others; the second is its use: 1 a step, 2 an image."""
+    """Whole numbers -> a seed unrelated to that of any others; the second is its use: 1 batch, 2 dropout, 3 image."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def image_noise(seed, indices, shape, device):
     """Endless noise (len(indices), *shape). Image i has its own generator, so that it is the same in any batch."""
-    generators = [torch.Generator().manual_seed(seed_of(seed, 2, i)) for i in indices]
+    generators = [torch.Generator().manual_seed(seed_of(seed, 3, i)) for i in indices]
     while True:
         yield torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -522,7 +522,7 @@ def autocast(device):
     cpuinfo = Path("/proc/cpuinfo")
     fast = device == "cpu" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
     if "cuda" in device:
-        fast = torch.cuda.get_device_capability() >= (8, 0)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
 
 
@@ -557,10 +557,9 @@ def save_gif(path, frames, ms=120):
 def plot_loss(path, log):
     """The loss (gray) and val_loss (blue) by step, on a logarithmic scale from 1 at the top to 0.001 at the bottom."""
     image = Image.new("RGB", (640, 360), "white")
-    draw = ImageDraw.Draw(image)
     for key, color in ("loss", "gray"), ("val_loss", "blue"):
         points = [(20 + 600 * r["step"] / log[-1]["step"], 20 - 110 * math.log10(r[key])) for r in log if key in r]
-        draw.line(points, color, 3)
+        ImageDraw.Draw(image).line(points, color, 3)
     image.save(path)
 
 
@@ -569,9 +568,8 @@ FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44
 EYES = {"green": (70, 200, 84), "blue": (52, 148, 255), "amber": (255, 186, 32), "violet": (186, 88, 232)}
 BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 146, 190), "yellow": (255, 212, 52),
                "purple": (160, 122, 232), "teal": (44, 178, 184)}
-TRAITS = {  # shapes (color, x, y, rx, ry, tilt=0, tip=0): half-images from the middle of the head, y down, degrees
-    # clockwise; tip 0 is an ellipse, 1 a drop that points up; x > 0: one on each side. Ears, head and muzzle have no
-    # color here. back lies behind the head, front on it; drop moves the face down.
+TRAITS = {  # shapes (color, x, y, rx, ry, tilt=0, tip=0) in half-images from the middle of the head, y down; tilt in
+    # degrees clockwise; tip 0 is an ellipse, 1 a drop that points up; x > 0: one on each side; drop: the face is lower
     "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
                 front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
                        ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
@@ -659,7 +657,7 @@ PRESETS = {
                 steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=50),
     "smoke": dict(size=32, patch=4, width=32, mults=[1, 2], blocks=1, attn=1, dropout=0.0, pred="x0", min_snr=0.5,
                   steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4, out="out/smoke")}
-OF_THE_MOMENT = "resume sample label out device".split()  # what it does not keep
+OF_THE_MOMENT = "resume sample label out device".split()  # not taken from a checkpoint
 
 
 def parse_args(argv=None):
@@ -699,7 +697,7 @@ def parse_args(argv=None):
         ckpt = torch.load(f"{args.out}/ckpt.pt", map_location="cpu", weights_only=True)
         p.set_defaults(**ckpt["args"])
         args = p.parse_args(argv)
-        for k in "size patch width mults blocks attn class_cond pred".split():
+        for k in "size patch width class_cond pred".split():
             if getattr(args, k) != ckpt["args"][k]:
                 p.error(f"--{k} cannot change: {args.out} was trained with {ckpt['args'][k]}")
         if args.label and args.label not in args.classes:
@@ -709,14 +707,14 @@ def parse_args(argv=None):
     out, data = Path(args.out).resolve(), Path(args.data).resolve()
     if data.exists() and (out == data or out in data.parents or data in out.parents):
         p.error(f"--out {args.out} and --data {args.data} must not lie in each other")
-    numbers = args.size, args.width, args.steps, args.batch_size, args.eval_every, args.sample_steps, args.sample + 1
-    unit = args.patch * 2 ** (len(args.mults) - 1)
-    if args.size % unit or args.width % 32 or min(numbers) < 1:
+    unit = max(1, args.patch) * 2 ** (len(args.mults) - 1)
+    lowest = min(args.size, args.width, args.patch, args.steps, args.batch_size, args.eval_every, args.sample_steps)
+    if args.size % unit or args.width % 32 or lowest < 1 or args.sample < 0:
         p.error(f"--size must be a multiple of {unit}, --width of 32, and all numbers positive")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         p.error(f"--batch_size {args.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes")
-    if not args.class_cond and (args.label or args.cfg_scale != 1):
-        p.error("--cfg_scale and --label need a model trained with --class_cond")
+    if (args.label or args.cfg_scale != 1) and not args.class_cond or args.label and not args.sample:
+        p.error("--cfg_scale and --label need a model trained with --class_cond, --label also --sample")
     return args, ckpt
 
 

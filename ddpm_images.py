@@ -1,11 +1,11 @@
 """DDPM on images: a UNet learns to remove Gaussian noise; applied step by step to pure noise, it generates new images.
 
-    python ddpm_images.py                             # animal faces that the script draws itself: no download, no GPU
-    python ddpm_images.py --data animal_faces         # the AFHQ photographs, downloaded once
-    python ddpm_images.py --data my_photos --class_cond --cfg_scale 2       # sub-folders are the classes
-    python ddpm_images.py --condition gray            # image translation: colorize; also lowres, edges, hole
-    python ddpm_images.py --resume                    # go on after Ctrl-C as if it had never happened
-    python ddpm_images.py --sample 64 --sampler ddim  # generate with the model trained in --out
+    python ddpm_images.py                      # animal faces that the script draws itself: no download, no GPU
+    python ddpm_images.py --data animal_faces  # the AFHQ photographs, downloaded once
+    python ddpm_images.py --data my_photos --class_cond --cfg_scale 2  # the sub-folders are the classes
+    python ddpm_images.py --condition gray     # image translation: colorize; also lowres, edges, hole
+    python ddpm_images.py --resume             # go on after Ctrl-C as if it had never happened
+    python ddpm_images.py --sample 64          # images by the model in --out
     torchrun --nproc_per_node=8 ddpm_images.py --data animal_faces
 
 MEASURED
@@ -37,20 +37,20 @@ from torch import distributed as dist, nn
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
-# The method. xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps is an image x0 in [-1, 1] after t of T steps of
-# noise eps. A model is any function (xt, t) -> out. Training: take an image, a random t and fresh noise, and predict
-# what was mixed. Sampling: start from pure noise, predict x0, take one step towards it, repeat.
+# The method. xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps mixes an image x0 in [-1, 1] with noise eps: a
+# little noise at t = 0, almost nothing else at t = T - 1. A model is any function (xt, t) -> out, a prediction of eps,
+# v or x0. Training: mix at a random t, predict. Sampling: start from noise, step towards the predicted x0, repeat.
 
 T = 1000
 
 
 def make_alpha_bar(schedule):
-    """alpha_bar (T,) in float64: the product of 1 - beta. linear: DDPM section 4; cosine: 2102.09672 eq. 17."""
+    """alpha_bar (T,): the product of 1 - beta, where beta is the noise of a step. DDPM section 4, 2102.09672 eq. 17."""
     if schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     else:
         f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)  # so that the last alpha_bar is not 0
     return torch.cumprod(1 - beta, 0)
 
 
@@ -60,61 +60,61 @@ def add_noise(x0, eps, ab):
 
 
 def to_x0(out, xt, ab, pred):
-    """The x0 that a network output stands for: add_noise solved for x0."""
+    """The x0 that a network output stands for. On patches only x0 as output trains well, 2511.13720."""
     if pred == "eps":
         return (xt - (1 - ab) ** 0.5 * out) / ab ** 0.5
-    if pred == "v":  # v = sqrt(ab) eps - sqrt(1 - ab) x0
+    if pred == "v":  # sqrt(ab) eps - sqrt(1 - ab) x0: about eps where xt is an image, -x0 where it is noise
         return ab ** 0.5 * xt - (1 - ab) ** 0.5 * out
     return out
 
 
 def loss_fn(model, x0, eps, t, alpha_bar, pred, min_snr=0.0):
-    """Mean squared error of the prediction, DDPM eq. 14: x0, eps (B, C, H, W), t (B,) -> (B,). min_snr > 0 weights the
-    error of x0 by min(SNR, min_snr), 2303.09556. Squared, an error of eps is SNR, one of v SNR + 1 times as large."""
+    """Squared error of the prediction, DDPM eq. 14: x0, eps (B, C, H, W), t (B,) -> (B,). With min_snr > 0 that of x0
+    counts min(SNR, min_snr) times, 2303.09556, whatever is predicted."""
     ab = alpha_bar.to(x0)[t].view(-1, 1, 1, 1)
-    snr = ab / (1 - ab)
+    # differs from the paper: at least 0.05, or the first steps of sampling, nearly pure noise, would stay untrained
+    snr = (ab / (1 - ab)).clamp(min=0.05)
     out = model(add_noise(x0, eps, ab), t).to(x0.dtype)
     v = ab ** 0.5 * eps - (1 - ab) ** 0.5 * x0  # 2202.00512 appendix D
-    target, per_x0 = {"eps": (eps, snr), "v": (v, snr + 1), "x0": (x0, 1.0)}[pred]
-    # differs from the paper: at least 0.02, or the first steps of sampling, nearly pure noise, would stay untrained
-    weight = snr.clamp(0.02, min_snr) / per_x0 if min_snr > 0 else 1.0
+    target, ratio = {"eps": (eps, snr), "v": (v, snr + 1), "x0": (x0, 1.0)}[pred]  # its squared error over that of x0
+    weight = snr.clamp(max=min_snr) / ratio if min_snr > 0 else 1.0
     return (weight * (out - target) ** 2).mean((1, 2, 3))
 
 
 @torch.no_grad()
 def sample(model, noise, alpha_bar, pred, sampler, steps, on_step=None):
-    """Noise -> images (B, C, H, W), in `steps` network calls. noise is an iterator over (B, C, H, W): first the start,
-    then what the ddpm sampler adds on the way. on_step(t, xt, x0) is called after each network call."""
-    ab = alpha_bar.tolist() + [1.0]
-    times = (np.linspace(T, 0, steps, endpoint=False).round().astype(int) - 1).tolist()  # "trailing", 2305.08891
+    """Noise -> images (B, C, H, W), in `steps` steps. noise is an iterator over (B, C, H, W): first the start, then
+    what the ddpm sampler adds on the way. on_step(t, xt, x0) is called at each step."""
+    ab = alpha_bar.tolist()
+    times = (np.linspace(T, 0, steps, endpoint=False).round().astype(int) - 1).tolist()  # 4 steps: 999, 749, 499, 249
     xt = next(noise)
-    previous = None                                      # x0 and lam of the step before
-    for t, s in zip(times, times[1:] + [-1]):            # from t to the less noisy s; ab[-1] = 1 is clean
+    previous = None  # dpmpp_2m: x0 and lam of the step before
+    for t, s in zip(times, times[1:] + [-1]):  # from t to the less noisy s; after the last t comes x0
         ab_t, ab_s = ab[t], ab[s]
         out = model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
-        x0 = to_x0(out, xt, ab_t, pred).clamp(-1, 1)     # differs from the paper: images lie in [-1, 1]
+        x0 = to_x0(out, xt, ab_t, pred).clamp(-1, 1)  # differs from the paper: images lie in [-1, 1]
         if on_step:
             on_step(t, xt, x0)
         if s < 0:
             return x0
-        if sampler == "ddpm":                            # a draw from q(xs | xt, x0): DDPM eq. 6, 7
-            beta = 1 - ab_t / ab_s
+        if sampler == "ddpm":  # a sample of q(xs | xt, x0): DDPM eq. 6, 7
+            beta = 1 - ab_t / ab_s  # the noise of all steps from s to t
             mean = (ab_s ** 0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - ab_s) * xt) / (1 - ab_t)
             xt = mean + (beta * (1 - ab_s) / (1 - ab_t)) ** 0.5 * next(noise)
-        elif sampler == "ddim":                          # the same noise, less of it: DDIM eq. 12 with eta = 0
+        elif sampler == "ddim":  # the same noise, less of it: DDIM eq. 12 with eta = 0
             eps = (xt - ab_t ** 0.5 * x0) / (1 - ab_t) ** 0.5
             xt = add_noise(x0, eps, ab_s)
-        else:                                            # dpmpp_2m: a line through two x0, 2211.01095 algorithm 2
-            lam = 0.5 * math.log(ab_t / (1 - ab_t))      # log of signal over noise
+        elif sampler == "dpmpp_2m":  # x0 extrapolated in lam, 2211.01095 algorithm 2
+            lam = 0.5 * math.log(ab_t / (1 - ab_t))  # half the log of the SNR
             h = 0.5 * math.log(ab_s / (1 - ab_s)) - lam
-            x0_old, lam_old = previous or (x0, lam - h)
+            x0_old, lam_old = previous or (x0, lam - h)  # at first no line: x0_ahead = x0
             x0_ahead = x0 + 0.5 * h / (lam - lam_old) * (x0 - x0_old)
             xt = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * xt - ab_s ** 0.5 * math.expm1(-h) * x0_ahead
             previous = x0, lam
 
 
 def guided(model, y, y_null, cfg_scale, xt, t):
-    """Classifier-free guidance: away from the output without a label. cfg_scale is 1 + w of 2207.12598."""
+    """The output for labels y, away from the one for "no label" (y_null); cfg_scale is 1 + w of 2207.12598."""
     out = model(xt, t, y)
     if cfg_scale == 1:
         return out
@@ -126,7 +126,7 @@ CONDITIONS = {"none": 0, "lowres": 3, "gray": 1, "edges": 1, "hole": 3}  # image
 
 
 def make_condition(kind, x0):
-    """x0 (B, 3, H, W) -> (B, K, H, W): a quarter of its resolution, luma, Sobel edges, or x0 without its middle."""
+    """x0 (B, 3, H, W) -> (B, K, H, W): means of 4 x 4 scaled up again, luma, Sobel edges, or x0 without its middle."""
     if kind == "none":
         return None
     if kind == "lowres":
@@ -141,11 +141,11 @@ def make_condition(kind, x0):
         return gray
     sobel = x0.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     slopes = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), torch.stack([sobel, sobel.T])[:, None])
-    return slopes.norm(dim=1, keepdim=True).mul(2).sub(1).clamp(max=1)
+    return slopes.norm(dim=1, keepdim=True).mul(2).sub(1).clamp(max=1)  # in [-1, 1] as images are
 
 
 # -----------------------------------------------------------------------------
-# The model: a UNet after ADM's (2105.05233), on pixels or on patches, with label and condition as extras.
+# The model: the UNet of ADM (2105.05233), small, on patches of pixels, with a label and a condition.
 
 
 def zero(layer):
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, C // 32, 32, H * W)           # (B, 3, heads, 32, N)
         q, k, v = qkv.transpose(-1, -2).unbind(1)                                # (B, heads, N, 32) each
-        out = (q * 32 ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v                # (B, heads, N, 32)
+        out = (q @ k.mT * 32 ** -0.5).softmax(-1).to(v.dtype) @ v                # (B, heads, N, 32)
         return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))          # (B, C, H, W)
 
 
@@ -191,7 +191,7 @@ class ResBlock(nn.Module):
 
 
 def timestep_embedding(t, width):
-    """Sinusoidal features of times t (B,), (B, width), 1706.03762 section 3.5."""
+    """Times t (B,) -> sinusoidal features (B, width), 1706.03762 section 3.5."""
     freq = torch.exp(-math.log(10_000) / (width // 2) * torch.arange(width // 2, device=t.device))
     angle = t[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -200,8 +200,8 @@ def timestep_embedding(t, width):
 class UNet(nn.Module):
     """(xt, t, y, cond) -> out. xt (B, 3, H, W), t (B,) in 0..T-1, y (B,) labels, cond (B, c_cond, H, W).
 
-    It works on patches, patch^2 times cheaper; a stem and a head at full resolution, joined by a skip, hide the seams.
-    # differs from the paper: heads of 32 channels, single convolutions between levels, as many blocks up as down."""
+    It works on patches, patch^2 times cheaper; a stem and a head on pixels, joined by a skip, hide the patch borders.
+    Differs from ADM: heads of 32 channels, single convolutions between levels, as many blocks up as down."""
 
     def __init__(self, args):
         super().__init__()
@@ -213,7 +213,7 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(3 + CONDITIONS[args.condition], 8, 3, padding=1)
         self.conv_in = nn.Conv2d(8 * self.patch ** 2, c, 3, padding=1)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), []
-        attn = range(len(args.mults))[-args.attn:]  # self-attention at that many of the lowest resolutions
+        attn = range(len(args.mults) - args.attn, len(args.mults))  # levels with self-attention
         for i, mult in enumerate(args.mults):
             for _ in range(args.blocks):
                 self.down.append(ResBlock(c, args.width * mult, D, i in attn, args.dropout))
@@ -228,9 +228,9 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(c + skips.pop(), args.width * mult, D, i in attn, args.dropout))
                 c = args.width * mult
             if i > 0:
-                below = args.width * args.mults[i - 1]
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, below, 3, padding=1)))
-                c = below
+                finer = args.width * args.mults[i - 1]
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, finer, 3, padding=1)))
+                c = finer
         self.conv_out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, 8 * self.patch ** 2, 3, padding=1))
         self.head = zero(nn.Conv2d(8 + 8, 3, 3, padding=1))
 
@@ -264,11 +264,11 @@ def get_batch(data, args, rank, world):
     mirror, drop = torch.rand(2, B)
     eps = torch.randn(B, 3, args.size, args.size)
     mine = slice(B * rank // world, B * (rank + 1) // world)
-    i = data.train[i[mine].numpy()]
+    i = data.train[i[mine].numpy()]  # numbers of images
     x0 = to_tensor(data.images[i], args.device)
     if args.flip:
         x0 = torch.where((mirror[mine] < 0.5).view(-1, 1, 1, 1).to(args.device), x0.flip(-1), x0)
-    y = torch.where(drop[mine] < 0.1, len(data.classes), data.labels[i])  # label dropout, for guidance
+    y = torch.where(drop[mine] < 0.1, len(data.classes), data.labels[i])  # label dropout, for guidance: y_null
     return x0, eps[mine].to(args.device), t[mine].to(args.device), y.to(args.device)
 
 
@@ -276,7 +276,7 @@ def get_batch(data, args, rank, world):
 def validate(model, data, args):
     """The loss on held-out images, at fixed noise and evenly spread t."""
     losses = []
-    for k in np.array_split(np.arange(len(data.val)), -(-len(data.val) // 64)):
+    for k in np.array_split(np.arange(len(data.val)), math.ceil(len(data.val) / 64)):
         i = data.val[k]
         x0, y = to_tensor(data.images[i], args.device), data.labels[i].to(args.device)
         t = torch.from_numpy(k * T // len(data.val)).to(args.device)
@@ -288,7 +288,7 @@ def validate(model, data, args):
 
 
 def generate(model, args, indices, x0=None, sampler=None, noise=None, on_step=None):
-    """Samples number `indices`, (B, 3, size, size): of --label or of all classes in turn; translations of x0."""
+    """Samples number `indices`, (B, 3, size, size): of --label or of all classes in turn; x0: what to translate."""
     y = torch.as_tensor(indices, device=args.device) % len(args.classes)
     if args.label:
         y = torch.full_like(y, args.classes.index(args.label))
@@ -309,7 +309,7 @@ def save_samples(path, x, args, x0):
 
 
 def show(out, model, args, x0):
-    """Images of how it works: the forward process, the reverse process, and what lies between two noises."""
+    """How it works: the forward process, the reverse process, and what lies between two noises."""
     n = len(x0[:4])
     eps = next(image_noise(args.seed, range(n), x0.shape[1:], args.device))
     xt = torch.stack([add_noise(x0[:n], eps, ab) for ab in make_alpha_bar(args.schedule)[::111].tolist()], 1)
@@ -317,7 +317,7 @@ def show(out, model, args, x0):
 
     frames = []  # above: xt, below: the x0 that the model sees in it
     generate(model, args, range(n), x0[:n], on_step=lambda t, *x: frames.append(tile(to_uint8(torch.cat(x)), n)))
-    save_gif(out / "reverse.gif", frames[:-1:-(-len(frames) // 25)] + frames[-1:])
+    save_gif(out / "reverse.gif", frames[:-1:math.ceil(len(frames) / 25)] + frames[-1:])
 
     a, b = next(image_noise(args.seed, range(2 * n), x0.shape[1:], args.device)).chunk(2)
     angle = torch.linspace(0, math.pi / 2, 8, device=args.device).view(-1, 1, 1, 1)  # on an arc: constant variance
@@ -334,7 +334,7 @@ def train(args, ckpt, rank, world):
     if len(data.images) < 16:
         raise SystemExit(f"training takes at least 16 images; --data {args.data} has {len(data.images)}")
     if ckpt and data.classes != args.classes:
-        raise SystemExit(f"--data {args.data} has the classes {data.classes}, the model {args.classes}")
+        raise SystemExit(f"--data has the classes {data.classes}, the model {args.classes}")
     args.classes = data.classes
 
     torch.manual_seed(args.seed)
@@ -345,29 +345,28 @@ def train(args, ckpt, rank, world):
     start, log = 0, []
     if ckpt:
         start, log = ckpt["step"], ckpt["log"]
-        model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        opt.load_state_dict(ckpt["opt"])
+        for part, state in (model, "model"), (ema, "ema"), (opt, "opt"):
+            part.load_state_dict(ckpt[state])
     if "cuda" in args.device:
         model.compile()
     if world > 1:
         model = nn.parallel.DistributedDataParallel(raw_model, [args.device] if "cuda" in args.device else None)
     if rank == 0:
-        size = sum(p.numel() for p in ema.parameters())
-        print(f"{args.data}: {len(data.train)} images; {size:,} parameters; {world} x {args.device}; writes to {out}")
+        print(f"{args.data}: {len(data.train)} images; {world} x {args.device}; writes to {out}")
 
     stop = []
-    if world == 1:  # Ctrl-C ends the run after a step; several processes would stop at different ones, and just end
+    if world == 1:  # Ctrl-C saves after the step; several processes would stop at different ones, and just end
         signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     amp, alpha_bar = autocast(args.device), make_alpha_bar(args.schedule)
     shown = to_tensor(data.images[data.val[:64]], args.device)
-    began = clock = time.time()
-    losses = []
+    losses, clock = [], time.time()
+    began = clock - (log[-1]["seconds"] if log else 0)
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=None if rank == 0 else True)
     for step in bar:
         opt.param_groups[0]["lr"] = args.lr * min(1, step / 50)  # warm-up, while Adam's averages settle
-        torch.manual_seed(seed_of(args.seed, 1, step))           # all randomness of a step, dropout too
+        torch.manual_seed(seed_of(args.seed, 1, step))           # the same batch in every process
         x0, eps, t, y = get_batch(data, args, rank, world)
+        torch.manual_seed(seed_of(args.seed, 2, step, rank))     # dropout: another mask in each
         call = partial(model, y=y, cond=make_condition(args.condition, x0))
         with amp:
             loss = loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).mean()
@@ -392,15 +391,16 @@ def train(args, ckpt, rank, world):
                 print("  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
                 if not log[-1]["val_loss"] < 100:  # NaN, too
                     raise SystemExit(f"training diverged: lower --lr; {out}/ckpt.pt, if any, is from before")
-                ckpt = dict(args={k: v for k, v in vars(args).items() if k not in OF_THE_MOMENT}, step=step, log=log,
-                            model=raw_model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
-                write_atomically(out / "ckpt.pt", partial(torch.save, ckpt))
+                settings = {k: v for k, v in vars(args).items() if k not in OF_THE_MOMENT}
+                state = dict(args=settings, step=step, log=log, model=raw_model.state_dict(), ema=ema.state_dict(),
+                             opt=opt.state_dict())
+                write_atomically(out / "ckpt.pt", partial(torch.save, state))
                 write_atomically(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in log))
                 plot_loss(out / "loss.png", log)
                 x = generate(ema, args, range(len(shown)), shown)
                 save_samples(out / f"samples/{step:06d}.png", x, args, shown)
             losses, clock = [], time.time()
-        if stop:
+        if stop and evaluate:  # a Ctrl-C that came since `evaluate` counts at the next step
             raise SystemExit(f"stopped at step {step}; go on with --resume")
     if rank == 0:
         show(out, ema, args, shown)
@@ -414,7 +414,7 @@ def sample_images(args, ckpt, rank, world):
     model.load_state_dict(ckpt["ema"])
     if args.condition != "none":
         data = load_data(args.data, args.size)
-        originals = data.images if args.data != ckpt["args"]["data"] else data.images[data.val]  # no training images
+        originals = data.images[data.val] if args.data == ckpt["args"]["data"] else data.images  # none seen in training
     for old in out.glob("generated/" + "[0-9]" * 6 + ".png"):
         if rank == 0 and int(old.stem) >= args.sample:  # of an earlier --sample, which had more
             old.unlink()
@@ -425,7 +425,7 @@ def sample_images(args, ckpt, rank, world):
         x = generate(model, args, i, x0)
         for number, image in zip(i, to_uint8(x)):
             save_png(out / f"generated/{number:06d}.png", image[None], 1)
-        if rank == k == 0:
+        if rank == 0 and k == 0:
             save_samples(out / "generated.png", x, args, x0)
     if rank == 0:
         print(f"{args.sample} images in {out}/generated; see {out}/generated.png")
@@ -445,16 +445,16 @@ def read_image(source, size):
     try:
         im = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
         if im.mode in ("I", "F"):
-            raise ValueError("32 bits a channel have no known range: save it with 8 or 16")
-        turn = UPRIGHT.get(im.getexif().get(0x0112))  # ImageOps.exif_transpose raises where other entries are odd
+            raise ValueError("32 bits have no known range, save it with 8 or 16")
+        turn = UPRIGHT.get(im.getexif().get(0x0112))  # ImageOps.exif_transpose also reads other, odd entries
         im = im if turn is None else im.transpose(turn)
-        if im.mode.startswith("I;16"):                # convert() would clip at 255
+        if im.mode.startswith("I;16"):  # convert() would clip at 255
             im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
         if im.has_transparency_data:
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
         return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size), Image.LANCZOS))
     except Exception as e:  # a broken file can raise anything in Pillow
-        return f"{source}: {e}"
+        return f"{source}: {e}"[-200:]
 
 
 def read_images(sources, size, key):
@@ -492,7 +492,7 @@ def list_files(path):
     if not folder.is_dir():
         raise SystemExit(f"--data {path}: not a folder, .zip or .npz")
     if (folder / "dataset.json").exists():
-        raise SystemExit(f"--data {path}: its dataset.json is not read; sort the images into a folder for each class")
+        raise SystemExit(f"--data {path}: dataset.json is not read; sort the images into a folder for each class")
     names = sorted(glob.glob("**", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     files = {folder / name: set(Path(name.lower()).parts) for name in names if not os.path.isdir(folder / name)}
     train = [p for p, parts in files.items() if parts & {"train", "training"}]
@@ -505,24 +505,24 @@ def animal_faces():
     path = Path("data/animal_faces.zip")
     path.parent.mkdir(exist_ok=True)
     try:
-        if not path.exists():
-            torch.hub.download_url_to_file(AFHQ_URL, path)
-    except OSError as e:
-        print(f"animal_faces cannot be downloaded ({e}), so drawn_faces take their place; or put {AFHQ_URL} at {path}")
-        path = "drawn_faces"
-    return path
+        if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            torch.hub.download_url_to_file(AFHQ_URL, f"{path}.part")
+            zipfile.ZipFile(f"{path}.part").close()  # raises for half a file, and for a web page
+            os.replace(f"{path}.part", path)
+    except (OSError, zipfile.BadZipFile) as e:
+        print(f"animal_faces cannot be downloaded ({e}): drawn_faces take their place, or put {AFHQ_URL} at {path}")
+    return path if path.exists() else "drawn_faces"
 
 
 def load_data(data, size):
-    """--data -> images uint8 (N, size, size, 3), labels (N,), names of the classes, which images train and val have.
-
-    The class of an image is its folder. The first process of a node reads the images, the others find them read."""
+    """--data -> images uint8 (N, size, size, 3), labels (N,), names of the classes, which are those of the folders, and
+    which images train and val have. The first process of a node reads the images, the others find them read."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank > 0:
         dist.barrier()
     path = Path(animal_faces() if data == "animal_faces" else data)
     stamp = [inspect.getsource(read_image), inspect.getsource(draw_face), TRAITS, FURS, EYES, BACKGROUNDS]
-    if path.name == "drawn_faces":
+    if str(path) == "drawn_faces":
         sources = list(range(16_000))
         labels = [face_traits(np.random.default_rng((0, i)))[0] for i in sources]
     elif path.suffix == ".npz":
@@ -553,17 +553,17 @@ def to_uint8(x):
 
 
 # -----------------------------------------------------------------------------
-# Helpers and, at the end, drawn faces, the data set that needs no download. Nothing from here on is about diffusion.
+# Helpers and, at the end, drawn faces, the data set that needs no download.
 
 
 def seed_of(*numbers):
-    """Whole numbers -> a seed unrelated to that of any others; the second is its use: 1 a step, 2 an image."""
+    """Whole numbers -> a seed unrelated to that of any others; the second is its use: 1 batch, 2 dropout, 3 image."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def image_noise(seed, indices, shape, device):
     """Endless noise (len(indices), *shape). Image i has its own generator, so that it is the same in any batch."""
-    generators = [torch.Generator().manual_seed(seed_of(seed, 2, i)) for i in indices]
+    generators = [torch.Generator().manual_seed(seed_of(seed, 3, i)) for i in indices]
     while True:
         yield torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -579,7 +579,7 @@ def autocast(device):
     cpuinfo = Path("/proc/cpuinfo")
     fast = device == "cpu" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
     if "cuda" in device:
-        fast = torch.cuda.get_device_capability() >= (8, 0)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
 
 
@@ -614,10 +614,9 @@ def save_gif(path, frames, ms=120):
 def plot_loss(path, log):
     """The loss (gray) and val_loss (blue) by step, on a logarithmic scale from 1 at the top to 0.001 at the bottom."""
     image = Image.new("RGB", (640, 360), "white")
-    draw = ImageDraw.Draw(image)
     for key, color in ("loss", "gray"), ("val_loss", "blue"):
         points = [(20 + 600 * r["step"] / log[-1]["step"], 20 - 110 * math.log10(r[key])) for r in log if key in r]
-        draw.line(points, color, 3)
+        ImageDraw.Draw(image).line(points, color, 3)
     image.save(path)
 
 
@@ -626,9 +625,8 @@ FURS = {"gray": (138, 146, 160), "brown": (136, 86, 54), "orange": (240, 132, 44
 EYES = {"green": (70, 200, 84), "blue": (52, 148, 255), "amber": (255, 186, 32), "violet": (186, 88, 232)}
 BACKGROUNDS = {"blue": (104, 172, 248), "green": (112, 204, 124), "pink": (255, 146, 190), "yellow": (255, 212, 52),
                "purple": (160, 122, 232), "teal": (44, 178, 184)}
-TRAITS = {  # shapes (color, x, y, rx, ry, tilt=0, tip=0): half-images from the middle of the head, y down, degrees
-    # clockwise; tip 0 is an ellipse, 1 a drop that points up; x > 0: one on each side. Ears, head and muzzle have no
-    # color here. back lies behind the head, front on it; drop moves the face down.
+TRAITS = {  # shapes (color, x, y, rx, ry, tilt=0, tip=0) in half-images from the middle of the head, y down; tilt in
+    # degrees clockwise; tip 0 is an ellipse, 1 a drop that points up; x > 0: one on each side; drop: the face is lower
     "cat": dict(drop=.12, ear=(.43, -.56, .42, .42, 24, 1.2), head=(.72, .60), muzzle=(.14, .27, .18, .14), nose=.08,
                 front=[("mark", 0, -.46, .05, .16, 180, 1), ("mark", .15, -.44, .05, .13, 188, 1),
                        ("white", .56, .20, .012, .22, 82), ("white", .56, .31, .012, .22, 96)]),
@@ -716,7 +714,7 @@ PRESETS = {
                 steps=100_000, batch_size=128, lr=2e-4, ema_decay=0.9999, eval_every=2500, sample_steps=250),
     "smoke": dict(size=32, patch=4, width=32, mults=[1, 2], blocks=1, attn=1, dropout=0.0, pred="x0", min_snr=0.5,
                   steps=2, batch_size=16, lr=1e-3, ema_decay=0.99, eval_every=1, sample_steps=4, out="out/smoke")}
-OF_THE_MOMENT = "resume sample label out device".split()  # what it does not keep
+OF_THE_MOMENT = "resume sample label out device".split()  # not taken from a checkpoint
 
 
 def parse_args(argv=None):
@@ -756,7 +754,7 @@ def parse_args(argv=None):
         ckpt = torch.load(f"{args.out}/ckpt.pt", map_location="cpu", weights_only=True)
         p.set_defaults(**ckpt["args"])
         args = p.parse_args(argv)
-        for k in "size patch width mults blocks attn class_cond condition schedule pred".split():
+        for k in "size patch width class_cond condition schedule pred".split():
             if getattr(args, k) != ckpt["args"][k]:
                 p.error(f"--{k} cannot change: {args.out} was trained with {ckpt['args'][k]}")
         if args.label and args.label not in args.classes:
@@ -766,14 +764,16 @@ def parse_args(argv=None):
     out, data = Path(args.out).resolve(), Path(args.data).resolve()
     if data.exists() and (out == data or out in data.parents or data in out.parents):
         p.error(f"--out {args.out} and --data {args.data} must not lie in each other")
-    numbers = args.size, args.width, args.steps, args.batch_size, args.eval_every, args.sample_steps, args.sample + 1
-    unit = args.patch * 2 ** (len(args.mults) - 1)
-    if args.size % unit or args.width % 32 or min(numbers) < 1:
+    unit = max(1, args.patch) * 2 ** (len(args.mults) - 1)
+    lowest = min(args.size, args.width, args.patch, args.steps, args.batch_size, args.eval_every, args.sample_steps)
+    if args.size % unit or args.width % 32 or lowest < 1 or args.sample < 0:
         p.error(f"--size must be a multiple of {unit}, --width of 32, and all numbers positive")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         p.error(f"--batch_size {args.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes")
-    if not args.class_cond and (args.label or args.cfg_scale != 1):
-        p.error("--cfg_scale and --label need a model trained with --class_cond")
+    if args.class_cond and args.condition != "none":
+        p.error("--condition and --class_cond exclude each other")
+    if (args.label or args.cfg_scale != 1) and not args.class_cond or args.label and not args.sample:
+        p.error("--cfg_scale and --label need a model trained with --class_cond, --label also --sample")
     return args, ckpt
 
 

@@ -1,19 +1,19 @@
 """Speed, memory and quality of the scripts on this machine, as Markdown tables.
 
-    make bench                           # all parts; judges out/ddpm_images/model.safetensors when that exists
+    make bench                           # all parts, with the models that it finds in out/
     python tests/bench.py --parts plane  # ddpm_2d.py in the protocol of a course that many have taken; five minutes
     python tests/bench.py --parts flow   # cfm_2d.py in the protocol of a paper, and beside torchcfm; half an hour
     python tests/bench.py --parts step   # a training step beside three other networks; some minutes
-    python tests/bench.py --parts quality --ckpt out/ddpm_images/model.safetensors --samplers ddpm:50,dpmpp_2m:25
-    python tests/bench.py --parts quality --pictures some/folder
+    python tests/bench.py --parts quality --runs out/ddpm_images:ddpm:50,ddim:10 out/cfm_images
+    python tests/bench.py --parts quality --images some/folder
+    python tests/bench.py --parts nfe    # quality by calls of the network, of the same --runs
     python tests/bench.py --parts prompts    # how often text2img.py draws what it is told
     python tests/bench.py --parts fid    # fid.py beside torch-fidelity, pytorch-fid and clean-fid; a quarter of an hour
     python tests/bench.py --parts dit    # latent_dit.py beside diffusers' transformer, and by tokens and processes
     python tests/bench.py --parts lora   # finetune_lora.py: a step beside diffusers and peft; what a new animal costs
     python tests/bench.py --parts serve  # serve.py: images a second and waiting by the number of clients; ten minutes
-    python tests/bench.py --parts nfe    # quality by calls of the network, of the models that it finds in out/
 
-For other programs: draw_faces, species_classifier(size), quality(pictures), frechet(a, b).
+For other programs: draw_faces, species_classifier(size), quality(images), frechet(a, b).
 """
 import argparse
 import base64
@@ -22,7 +22,6 @@ import contextlib
 import copy
 import datetime
 import functools
-import hashlib
 import http.client
 import inspect
 import io
@@ -39,6 +38,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -58,6 +58,9 @@ import fid  # noqa: E402
 import finetune_lora  # noqa: E402
 import latent_dit  # noqa: E402
 import serve  # noqa: E402
+import text2img  # noqa: E402
+
+SPECIES = list(d.TRAITS)
 
 
 def machine(device):
@@ -72,14 +75,14 @@ def table(head, rows):
 
 
 # -----------------------------------------------------------------------------
-# Part step: one training step beside a peer of the same size of parameters, pictures and batch. Each does what its own
-# trainer does: noise and t, forward, backward, clipping, optimizer, EMA. Loading the pictures is left out for both.
+# Part step: one training step beside a peer of the same number of parameters, image size and batch. Each does what its
+# own trainer does: noise and t, forward, backward, clipping, optimizer, EMA. Loading images is left out for both.
 
 DDP, CFM, HF = "denoising-diffusion-pytorch", "torchcfm", "diffusers"
-HALF = "--size 32 --patch 1 --min_snr 0 --mults 2,4,4,5 --width 32 --blocks 2 --attn 16 --dropout 0.1 "
-CASES = {  # ours, its flags, the peer
-    "64x64": (d, "--patch 4", DDP), "32x32": (d, "--patch 1 --size 32", DDP),
-    "CIFAR-10, flow": (cfm_images, HALF + "--pred v", CFM), "CIFAR-10, DDPM": (d, HALF + "--pred eps", HF)}
+HALF = dict(size=32, patch=1, width=32, mults=[2, 4, 4, 5], blocks=2, attn=3, dropout=0.1, min_snr=0.0)
+CASES = {  # ours, what differs from its cpu preset, the peer
+    "64x64": (d, {}, DDP), "32x32": (d, dict(size=32, patch=1), DDP),
+    "CIFAR-10, flow": (cfm_images, HALF | dict(pred="v"), CFM), "CIFAR-10, DDPM": (d, HALF | dict(pred="eps"), HF)}
 
 
 def count(model):
@@ -89,11 +92,12 @@ def count(model):
 def build(who, case, setting, device):
     """-> step(), one training step of `who`; batch size, number of parameters, and what they make up."""
     torch.manual_seed(0)
-    module, flags, _ = CASES[case]
-    args = module.parse_args(["--preset", "cpu", "--device", device, *flags.split()])
+    module, changes, _ = CASES[case]
+    args, _ = module.parse_args(["--preset", "cpu", "--device", device, "--out", os.devnull])
+    vars(args).update(changes, classes=SPECIES)
     layout = torch.channels_last if "channels_last" in setting else torch.contiguous_format
     x = torch.rand(args.batch_size, 3, args.size, args.size, device=device).contiguous(memory_format=layout)
-    model, about = module.build_model(args, len(d.SPECIES)), f"patch={args.patch}"
+    model, about = module.UNet(args), f"patch={args.patch}"
     if who == DDP:
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
         from ema_pytorch import EMA
@@ -127,7 +131,8 @@ def build(who, case, setting, device):
             return F.mse_loss(model(t, xt), u)
     elif who == HF:   # as in its train_unconditional.py
         from diffusers.training_utils import EMAModel
-        noising, opt = diffusers.DDPMScheduler(), torch.optim.AdamW(model.parameters(), 1e-4, (0.95, 0.999), weight_decay=1e-6)
+        noising = diffusers.DDPMScheduler()
+        opt = torch.optim.AdamW(model.parameters(), 1e-4, (0.95, 0.999), weight_decay=1e-6)
         average = functools.partial(EMAModel(model.parameters(), use_ema_warmup=True).step, model.parameters())
 
         def loss_of():
@@ -135,14 +140,14 @@ def build(who, case, setting, device):
             return F.mse_loss(model(noising.add_noise(x0, eps, t), t).sample, eps)
     else:             # as in train()
         opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
-        alpha_bar = d.make_alpha_bar("cosine")
+        call, alpha_bar = functools.partial(model, y=None), d.make_alpha_bar("cosine")
 
         def loss_of():
             eps = torch.randn_like(x0)
             if module is cfm_images:
-                t = cfm_images.draw_times(args.times, len(x0), torch.default_generator).to(device)
-                return cfm_images.loss_fn(model, x0, eps, t).mean()
-            t, call = torch.randint(0, d.T, (len(x0),)), d.guided(model, None, None, 1.0)
+                t = torch.sigmoid(torch.randn(len(x0), device=device))
+                return cfm_images.loss_fn(call, x0, eps, t, args.pred, args.min_snr).mean()
+            t = torch.randint(d.T, (len(x0),), device=device)
             return d.loss_fn(call, x0, eps, t, alpha_bar, args.pred, args.min_snr).mean()
     if average is None:
         ema = copy.deepcopy(model).requires_grad_(False)
@@ -183,8 +188,9 @@ def memory(make, *case):
 
 def part_step(args):
     settings, rows = ["bf16 channels_last"] if args.device == "cuda" else ["fp32"], []
-    if args.device == "cpu" and d.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16:
-        settings += ["bf16", "bf16 channels_last"]
+    with d.autocast(args.device):
+        if args.device == "cpu" and torch.is_autocast_enabled("cpu"):
+            settings += ["bf16", "bf16 channels_last"]
     for name, (module, _, peer) in CASES.items():
         best, times, text, used = {}, {"ours": [], peer: []}, {}, {}
         for who in times:  # each in the setting that suits it best
@@ -206,7 +212,7 @@ def part_step(args):
                      f"{used['ours'] / used[peer]:.2f}", f"{name}, batch {batch}",
                      f"{module.__name__}.py: {text['ours']}", f"{peer}: {text[peer]}"])
     print(f"\n## Training step\n\n{machine(args.device)}; medians (and range) of {args.rounds} alternating rounds")
-    table(["speed, ours / peer", "memory, ours / peer", "pictures", "ours", "the peer"], rows)
+    table(["speed, ours / peer", "memory, ours / peer", "images", "ours", "the peer"], rows)
     print("The first row is the cpu preset, whose UNet works on patches; the others compare UNets without them.\n"
           + ("Memory: the peak of what torch allocated." if args.device == "cuda" else
              "Memory: by how much two steps lift the resident set: activations, gradients, optimizer state."))
@@ -223,12 +229,8 @@ def draw_faces(seed, n, size):
     """-> uint8 (n, size, size, 3), labels (n,). Every second is mirrored; scripts train on seed 0."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         faces = list(pool.map(functools.partial(d.draw_face, seed, size=size), range(n), chunksize=64))
-    return np.stack([f[0][:, ::1 - 2 * (i % 2)] for i, f in enumerate(faces)]), torch.tensor([f[1] for f in faces])
-
-
-def to_float(pictures):
-    """uint8 (N, H, W, 3) -> (N, 3, H, W) in [-1, 1]; contiguous, or norms take many times longer on a CPU."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    labels = [SPECIES.index(d.face_traits(np.random.default_rng((seed, i)))[0]) for i in range(n)]
+    return np.stack([face[:, ::1 - 2 * (i % 2)] for i, face in enumerate(faces)]), torch.tensor(labels)
 
 
 def blur(x):
@@ -236,7 +238,7 @@ def blur(x):
 
 
 def rubbish(kind, x, y):
-    """Faces x (B, 3, S, S) of species y -> pictures that show no species, at most B of them."""
+    """Faces x (B, 3, S, S) of species y -> images that show no species, at most B of them."""
     B, _, S, _ = x.shape
     if kind == "noise":  # fine or coarse, faint or strong
         grain = torch.randn(B, 3, *[S // 2 ** torch.randint(0, 4, ()).item()] * 2)
@@ -264,7 +266,7 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(c[i], c[i + 1], 3, 1 if i else 2, 1), nn.BatchNorm2d(c[i + 1]), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if i else []
         layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c[-1], 64), nn.BatchNorm1d(64, affine=False)]
-        self.features, self.head = nn.Sequential(*layers), nn.Sequential(nn.ReLU(), nn.Linear(64, len(d.SPECIES) + 1))
+        self.features, self.head = nn.Sequential(*layers), nn.Sequential(nn.ReLU(), nn.Linear(64, len(SPECIES) + 1))
         self.register_buffer("reference", torch.zeros(2000, 64))  # features of fresh faces
         self.register_buffer("accuracy", torch.zeros(()))         # on those
 
@@ -273,45 +275,44 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
     @torch.no_grad()
-    def judge(self, pictures):
+    def judge(self, images):
         """uint8 (N, S, S, 3) -> features (N, 64), probabilities (N, 9)."""
-        parts = [self(to_float(part)) for part in np.array_split(pictures, -(-len(pictures) // 256))]
+        parts = [self(d.to_tensor(part, "cpu")) for part in np.array_split(images, -(-len(images) // 256))]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]).softmax(1)
 
 
 @functools.lru_cache(maxsize=None)
 def species_classifier(size):
-    """The Classifier for pictures of this side: trained once, a minute or two on 2 cores, and kept in data/cache."""
-    model, sources = Classifier(), (d.draw_face, draw_faces, rubbish, Classifier, species_classifier)
+    """The Classifier for images of this side: trained once, a minute or two on 2 cores, and kept in data/cache."""
+    model, sources = Classifier(), (d.draw_face, d.face_traits, draw_faces, rubbish, Classifier, species_classifier)
     about = repr([*map(inspect.getsource, sources), d.TRAITS, d.FURS, d.EYES, d.BACKGROUNDS])
-    cache = Path("data/cache", f"species-{size}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt")
+    cache = Path(f"data/cache/species-{size}-{zlib.crc32(about.encode()):08x}.pt")
     if cache.exists():
         model.load_state_dict(torch.load(cache, weights_only=True))
         return model.eval()
     print(f"training a classifier of {size}x{size} faces", file=sys.stderr, flush=True)
-    (pictures, labels), n_steps, B = draw_faces(1, 12_800, size), 400, 64
+    (images, labels), n_steps, B = draw_faces(1, 12_800, size), 400, 64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier()
         opt = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, n_steps)
         for i in torch.randint(len(labels), (n_steps, B)):
-            x, y = to_float(pictures[i.numpy()]), labels[i]
+            x, y = d.to_tensor(images[i.numpy()], "cpu"), labels[i]
             bad = torch.cat([rubbish(kind, x[k::8], y[k::8]) for k, kind in enumerate(RUBBISH)])
             x = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x, blur(x))  # a little soft, noisy, bright: still an animal
-            x, y = torch.cat([x, bad]), torch.cat([y, torch.full((len(bad),), len(d.SPECIES))])
+            x, y = torch.cat([x, bad]), torch.cat([y, torch.full((len(bad),), len(SPECIES))])
             x = x + 0.2 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x) + 0.3 * torch.rand(len(x), 1, 1, 1) - 0.15
             F.cross_entropy(model(x.clamp(-1, 1))[1], y).backward()
             opt.step()
             opt.zero_grad()
             schedule.step()
-    pictures, labels = draw_faces(2, len(model.reference), size)
-    model.reference[:], p = model.eval().judge(pictures)
+    images, labels = draw_faces(2, len(model.reference), size)
+    model.reference[:], p = model.eval().judge(images)
     model.accuracy.fill_((p.argmax(1) == labels).float().mean())
     if model.accuracy < 0.99:
         raise RuntimeError(f"the classifier knows only {100 * model.accuracy:.1f} % of fresh faces")
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    d.write_atomically(cache, lambda f: torch.save(model.state_dict(), f))
+    d.write_atomically(cache, functools.partial(torch.save, model.state_dict()))
     return model
 
 
@@ -326,55 +327,104 @@ def frechet(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
 
 
-def quality(pictures):
+def quality(images):
     """uint8 (N, S, S, 3) -> confident, the share that is one of the species with p > 0.9; entropy, of the species among
     those, in nats (nan if none); frechet, the distance of the features to those of 2,000 drawn faces."""
-    model = species_classifier(pictures.shape[1])
-    features, p = model.judge(pictures)
+    model = species_classifier(images.shape[1])
+    features, p = model.judge(images)
     sure, species = p[:, :-1].max(1)
-    share = torch.bincount(species[sure > 0.9], minlength=len(d.SPECIES)).double()
+    share = torch.bincount(species[sure > 0.9], minlength=len(SPECIES)).double()
     entropy = torch.special.entr(share / share.sum()).sum().item()
     return dict(confident=(sure > 0.9).double().mean().item(), entropy=entropy,
                 frechet=frechet(features, model.reference))
 
 
 def read_folder(folder):
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in d.PICTURE_FILES)
-    with d.Image.open(files[0]) as first:
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise SystemExit(f"no images in {folder}")
+    with Image.open(files[0]) as first:
         size = min(first.size)
-    return np.stack([d.read_picture(p, size) for p in files])
+    images = [d.read_image(file, size) for file in files]
+    for broken in (image for image in images if isinstance(image, str)):
+        raise SystemExit(broken)
+    return np.stack(images)
 
 
-def samples(ckpt, sampler, args):
-    """uint8 (N, S, S, 3): what `--sample N --ckpt` of the script that made ckpt writes; sampler is such as ddim:50."""
-    (name, _, steps), script = sampler.partition(":"), conftest.ROOT / d.load_safetensors(ckpt)[1]["script"]
+def generated(script, out, **flags):
+    """uint8 (N, S, S, 3): what a script with --sample among its flags writes into out/generated."""
+    command = [sys.executable, conftest.ROOT / script, f"--out={out}", *(f"--{k}={v}" for k, v in flags.items())]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return read_folder(Path(out, "generated"))
+
+
+SAMPLERS = {"ddpm_images.py": ["ddpm", "ddim", "dpmpp_2m"],
+            "cfm_images.py": ["euler", "midpoint", "heun", "ancestral"]}
+
+
+def find_runs(args):
+    """--runs FOLDER:SAMPLER:STEPS,... -> [folder, script, [(sampler, steps)]]; without --runs those in out/."""
+    found = []
+    for name in args.runs or [f for f in ("out/ddpm_images", "out/cfm_images") if Path(f, "ckpt.pt").exists()]:
+        folder, _, samplers = name.partition(":")
+        trained = torch.load(Path(folder, "ckpt.pt"), map_location="cpu", weights_only=True)["args"]
+        script = next(script for script, known in SAMPLERS.items() if trained["sampler"] in known)
+        found.append((folder, script, [s.partition(":")[::2] for s in samplers.split(",") if s]))
+    return found
+
+
+def sample_run(folder, script, sampler, steps, args):
+    """uint8 (N, S, S, 3): args.n samples of a run, from a copy of it, so that its own generated/ stays."""
+    flags = dict(sampler=sampler, sample_steps=steps, sample=args.n, device=args.device)
     with tempfile.TemporaryDirectory() as out:
-        flags = dict(sample=args.n, ckpt=ckpt, sampler=name, sample_steps=steps, out=out, device=args.device)
-        command = [sys.executable, script, *(f"--{k}={v}" for k, v in flags.items())]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        return read_folder(Path(out, "generated"))
+        shutil.copy(Path(folder, "ckpt.pt"), out)
+        return generated(script, out, **{k: v for k, v in flags.items() if v})
 
 
 def part_quality(args):
-    sets = {str(folder): read_folder(folder) for folder in args.pictures}
-    default = Path("out/ddpm_images/model.safetensors")
-    for ckpt in args.ckpt or [default] * (default.exists() and not sets):
-        sets.update({f"{ckpt}, {sampler}": samples(ckpt, sampler, args) for sampler in args.samplers.split(",")})
-    for size in sorted({x.shape[1] for x in sets.values()} or {d.PRESETS["cpu"]["size"]}):
+    sets = {str(folder): read_folder(folder) for folder in args.images}
+    for folder, script, samplers in [] if sets and not args.runs else find_runs(args):
+        for sampler, steps in samplers or [("", "")]:  # its own
+            name = f"{folder}, {sampler or 'its own sampler'}" + f", {steps} steps" * bool(steps)
+            sets[name] = sample_run(folder, script, sampler, steps, args)
+    for size in sorted({x.shape[1] for x in sets.values()} or {64}):
         model, (real, y) = species_classifier(size), draw_faces(3, args.n, size)
-        x, floor = to_float(real), "fresh drawn faces: the floor"
+        x, floor = d.to_tensor(real, "cpu"), "fresh drawn faces: the floor"
         torch.manual_seed(0)
         known = {floor: x, "fresh drawn faces, a little blurred": blur(x), "Gaussian noise": torch.randn_like(x)}
-        known.update({f"no animal: {kind}": rubbish(kind, x, y) for kind in RUBBISH})
+        known |= {f"no animal: {kind}": rubbish(kind, x, y) for kind in RUBBISH}
         known["no animal, not in its training: average of two species"] = rubbish("average of two species", x, y)
         shown = {k: v for k, v in sets.items() if v.shape[1] == size} | {k: d.to_uint8(v) for k, v in known.items()}
-        scores = {name: quality(pictures) for name, pictures in shown.items()}
-        print(f"\n## Quality of {size}x{size} pictures\n\n{machine(args.device)}; judged by a classifier that knows "
+        scores = {name: quality(images) for name, images in shown.items()}
+        print(f"\n## Quality of {size}x{size} images\n\n{machine(args.device)}; judged by a classifier that knows "
               f"{100 * model.accuracy:.2f} % of 2,000 fresh drawn faces")
         rows = [[f"{far / scores[floor]['frechet']:.1f}", f"{far:.2f}", f"{100 * sure:.1f} %",
                  f"{entropy:.3f}".replace("nan", "-"), str(len(shown[name])), name]
                 for name, (sure, entropy, far) in ((name, q.values()) for name, q in scores.items())]
-        table(["Fréchet / floor", "Fréchet", "one species, p > 0.9", "entropy (ln 8 = 2.079)", "N", "pictures"], rows)
+        table(["Fréchet / floor", "Fréchet", "one species, p > 0.9", "entropy (ln 8 = 2.079)", "N", "images"], rows)
+
+
+# -----------------------------------------------------------------------------
+# Part nfe: what an image costs, calls of the network, against what it is worth, as part quality judges it.
+
+NFE = (1, 2, 4, 8, 16, 32, 64)
+
+
+def part_nfe(args):
+    rows = []
+    for folder, script, samplers in find_runs(args):
+        log = Path(folder, "log.jsonl").read_text().splitlines()
+        for sampler in [name for name, _ in samplers] or SAMPLERS[script]:
+            row = [f"{folder}, {sampler}", f"{json.loads(log[-1])['seconds']:.0f} s"]
+            calls = 2 if sampler in ("midpoint", "heun") else 1  # a step
+            for nfe in NFE:
+                q = quality(sample_run(folder, script, sampler, nfe // calls, args)) if nfe % calls == 0 else None
+                row.append(f"{100 * q['confident']:.1f} % ({q['frechet']:.1f})" if q else "-")
+            rows.append(row)
+            print(*row, file=sys.stderr, flush=True)
+    print(f"\n## Quality by calls of the network\n\n{machine(args.device)}; {args.n} samples: the share that is one "
+          "species with p > 0.9, and the Fréchet distance")
+    table(["run, sampler", "trained in", *(f"NFE {n}" for n in NFE)], rows)
 
 
 # -----------------------------------------------------------------------------
@@ -383,35 +433,35 @@ def part_quality(args):
 CAPTION = re.compile(r"an? (\w+) (\w+) with (\w+) eyes on a (\w+) background")
 
 
-def patch(pictures, x, y, width, height):
-    """Pixels (N, P, 3) of a rectangle around x, y, in half-pictures from the middle."""
-    S = pictures.shape[1]
+def patch(images, x, y, width, height):
+    """Pixels (N, P, 3) of a rectangle around x, y, in half-images from the middle."""
+    S = images.shape[1]
     (x0, x1), (y0, y1) = ([round((v + sign * side / 2 + 1) * S / 2) for sign in (-1, 1)]
                           for v, side in ((x, width), (y, height)))
-    return pictures[:, max(y0, 0):y1, max(x0, 0):x1].reshape(len(pictures), -1, 3).astype(np.float32)
+    return images[:, max(y0, 0):y1, max(x0, 0):x1].reshape(len(images), -1, 3).astype(np.float32)
 
 
-def most_seen(pixels, colours, others=()):
-    """The name in colours {name: RGB} to which most pixels (N, P, 3) are nearest, of colours and others."""
-    palette = np.array([*colours.values(), *others], np.float32)
+def most_seen(pixels, colors, others=()):
+    """The name in colors {name: RGB} to which most pixels (N, P, 3) are nearest, of colors and others."""
+    palette = np.array([*colors.values(), *others], np.float32)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
-    return np.array(list(colours))[(nearest[..., None] == np.arange(len(colours))).sum(1).argmax(1)]
+    return np.array(list(colors))[(nearest[..., None] == np.arange(len(colors))).sum(1).argmax(1)]
 
 
-def as_told(pictures, captions):
+def as_told(images, captions):
     """uint8 (N, S, S, 3) and their captions -> {background, fur, eyes, species: (N,), whether it is as the caption says}.
-    Colours are looked for where a face of the caption's species would have them."""
+    Colors are looked for where a face of the caption's species would have them."""
     fur, species, eyes, background = np.array([CAPTION.fullmatch(c).groups() for c in captions]).T
     drop = np.array([d.TRAITS[name]["drop"] for name in species])
-    corners = np.concatenate([patch(pictures, x, -.93, .14, .14) for x in (-.93, .93)], 1)
+    corners = np.concatenate([patch(images, x, -.93, .14, .14) for x in (-.93, .93)], 1)
     seen = dict(background=most_seen(corners, d.BACKGROUNDS), fur=fur.copy(), eyes=eyes.copy())
     for y in np.unique(drop):
         some = np.flatnonzero(drop == y)
-        seen["fur"][some] = most_seen(patch(pictures[some], 0, y - .08, .24, .26), d.FURS)
-        around = np.concatenate([patch(pictures[some], x, y - .06, .34, .38) for x in (-.3, .3)], 1)
+        seen["fur"][some] = most_seen(patch(images[some], 0, y - .08, .24, .26), d.FURS)
+        around = np.concatenate([patch(images[some], x, y - .06, .34, .38) for x in (-.3, .3)], 1)
         seen["eyes"][some] = most_seen(around, d.EYES, [*d.FURS.values(), (44, 32, 44), (255, 255, 255)])
-    p = species_classifier(pictures.shape[1]).judge(pictures)[1]
-    seen["species"] = np.array([*d.SPECIES, "no animal"])[p.argmax(1).numpy()]
+    p = species_classifier(images.shape[1]).judge(images)[1]
+    seen["species"] = np.array([*SPECIES, "no animal"])[p.argmax(1).numpy()]
     return {name: seen[name] == told for name, told in
             dict(background=background, fur=fur, eyes=eyes, species=species).items()}
 
@@ -423,86 +473,22 @@ def part_prompts(args):
     for ckpt in args.ckpt or [default] * default.exists():
         for scale in args.scales.split(","):
             with tempfile.TemporaryDirectory() as out:
-                flags = dict(ckpt=ckpt, sample=200, cfg_scale=scale, out=out, device=args.device)
-                command = [sys.executable, conftest.ROOT / "text2img.py", *(f"--{k}={v}" for k, v in flags.items())]
-                subprocess.run(command, check=True, stdout=sys.stderr)
+                images = generated("text2img.py", out, ckpt=ckpt, sample=200, cfg_scale=scale, device=args.device)
                 lines = Path(out, "generated/metadata.jsonl").read_text().splitlines()
-                sets[f"{ckpt}, --cfg_scale {scale}"] = (read_folder(Path(out, "generated")),
-                                                        [json.loads(line)["text"] for line in lines])
+            sets[f"{ckpt}, --cfg_scale {scale}"] = images, [json.loads(line)["text"] for line in lines]
     size = next(iter(sets.values()))[0].shape[1] if sets else 64
-    faces = [d.draw_face(3, i, size) for i in range(2000)]
-    pictures, captions = np.stack([f[0] for f in faces]), [f[2] for f in faces]
-    sets = {"2,000 fresh drawn faces: the ceiling": (pictures, captions),
-            "the same, each with another's caption: chance": (pictures, captions[1:] + captions[:1])} | sets
+    faces = [text2img.draw_face(3, i, size) for i in range(2000)]
+    images, captions = np.stack([f[0] for f in faces]), [f[2] for f in faces]
+    sets = {"2,000 fresh drawn faces: the ceiling": (images, captions),
+            "the same, each with another's caption: chance": (images, captions[1:] + captions[:1])} | sets
     print(f"\n## As told, {size}x{size}\n\n{machine(args.device)}; captions held out of training")
     rows = []
-    for name, (pictures, captions) in sets.items():
-        right = as_told(pictures, captions)
+    for name, (images, captions) in sets.items():
+        right = as_told(images, captions)
         right["all four"] = np.all(list(right.values()), 0)
-        rows.append([*(f"{100 * r.mean():.1f} %" for r in right.values()), f"{quality(pictures)['frechet']:.2f}",
-                     str(len(pictures)), name])
-    table(["background", "fur", "eyes", "species", "all four", "Fréchet", "N", "pictures"], rows)
-
-
-# -----------------------------------------------------------------------------
-# Part nfe: what a picture costs, calls of the network, against what it is worth, as part quality judges it.
-
-NFE = (1, 2, 4, 8, 16, 32, 64)
-CURVES = {"DDPM, ddpm": ("out/ddpm_images", "ddpm"), "DDPM, ddim": ("out/ddpm_images", "ddim"),
-          "DDPM, dpmpp_2m": ("out/ddpm_images", "dpmpp_2m"), "CFM, euler": ("out/cfm_images", "euler"),
-          "CFM, midpoint": ("out/cfm_images", "midpoint"), "CFM, heun": ("out/cfm_images", "heun"),
-          "CFM, ancestral": ("out/cfm_images", "ancestral"),
-          "reflow, euler": ("out/reflow", "euler"), "MeanFlow": ("out/meanflow", "mean velocities")}
-
-
-def pictures_of(ckpt, sampler, nfe, n, device):
-    """uint8 (n, S, S, 3): the first n samples of a model of either script, in nfe calls of the network."""
-    script = d.load_safetensors(ckpt)[1]["script"]
-    module, device, found = {"ddpm_images.py": d, "cfm_images.py": cfm_images}[script], torch.device(device), []
-    steps = nfe // len(cfm_images.RUNGE_KUTTA.get(sampler, [[1]]))
-    argv = ["--sample", str(n), "--ckpt", ckpt, "--sample_steps", str(steps)]
-    args = module.parse_args(argv if sampler == "mean velocities" else [*argv, "--sampler", sampler])
-    if module is d:
-        tensors, saved, data = d.read_model(ckpt, script)
-        d.adopt(args, saved, d.ARCHITECTURE, ckpt)
-        model = d.build_model(args, len(data["classes"])).to(device).eval().requires_grad_(False)
-        d.load_weights(model, tensors, ckpt)
-    else:
-        model, _ = cfm_images.load_model(ckpt, args, device)
-    for i in np.array_split(np.arange(n), -(-n // 64)):
-        if module is d:
-            x = d.generate(model, args, d.make_alpha_bar(args.schedule), i, device)
-        else:
-            x, _ = cfm_images.generate(model, args, d.image_noise(args.seed, i, (3, args.size, args.size), device))
-        found.append(d.to_uint8(x))
-    return np.concatenate(found)
-
-
-def part_nfe(args):
-    rows, curves = [], {}
-    for name, (folder, sampler) in CURVES.items():
-        log, ckpt = Path(folder, "log.jsonl"), Path(folder, "model.safetensors")
-        if not ckpt.exists():
-            print(f"{ckpt} is not there, so {name} is left out", file=sys.stderr)
-            continue
-        seconds = [r["seconds"] for r in map(json.loads, log.read_text().splitlines()) if "seconds" in r][-1]
-        row = [name, f"{seconds:.0f} s"]
-        for nfe in NFE:
-            if nfe % len(cfm_images.RUNGE_KUTTA.get(sampler, [[1]])):
-                row.append("-")
-                continue
-            q = quality(pictures_of(str(ckpt), sampler, nfe, args.n, args.device))
-            curves.setdefault(name, []).append((nfe, 100 * q["confident"]))
-            row.append(f"{100 * q['confident']:.1f} % ({q['frechet']:.1f})")
-        rows.append(row)
-        print(*row, flush=True)
-    print(f"\n## Quality by calls of the network\n\n{machine(args.device)}; {args.n} samples: the share that is one "
-          "species with p > 0.9, and the Fréchet distance")
-    table(["model, sampler", "trained in", *(f"NFE {n}" for n in NFE)], rows)
-    if curves:
-        Path("out").mkdir(exist_ok=True)
-        cfm_images.plot_curves("out/nfe.png", curves, "faces that are recognised, in %, by calls of the network (NFE)")
-        print("drawn in out/nfe.png")
+        rows.append([*(f"{100 * r.mean():.1f} %" for r in right.values()), f"{quality(images)['frechet']:.2f}",
+                     str(len(images)), name])
+    table(["background", "fur", "eyes", "species", "all four", "Fréchet", "N", "images"], rows)
 
 
 # -----------------------------------------------------------------------------
@@ -709,7 +695,7 @@ def fid_run(tool, mode, weights, real, generated):
 def part_fid(args):
     from pytorch_fid.fid_score import calculate_frechet_distance
     from torch_fidelity.metric_fid import fid_statistics_to_metric
-    rows, n = [], args.images
+    rows, n = [], args.fid_n
     with tempfile.TemporaryDirectory() as folder:
         weights, sets = f"{folder}/random.pth", [f"{folder}/real", f"{folder}/generated"]
         random_inception(weights)
@@ -717,7 +703,7 @@ def part_fid(args):
             os.mkdir(path)
             for i, picture in enumerate(draw_faces(seed, n, 64)[0]):
                 picture = picture if seed == 0 else 255 - picture  # or the distance is lost in rounding
-                d.Image.fromarray(picture).save(f"{path}/{i:05d}.png")
+                Image.fromarray(picture).save(f"{path}/{i:05d}.png")
         for peer, mode in zip(("torch-fidelity", "pytorch-fid", "clean-fid"), fid.MODES):
             found = {}
             for tool in ("fid.py", peer):
@@ -972,10 +958,8 @@ def lora_quality(base, lora):
     def drawn(prompts, n, files):
         with tempfile.TemporaryDirectory() as out:
             Path(out, "prompts.txt").write_text("\n".join(prompts))
-            subprocess.run([sys.executable, conftest.ROOT / "finetune_lora.py", "--base", base, "--sample", str(n),
-                            "--prompt", f"{out}/prompts.txt", "--out", out, *(["--lora", lora] if files else [])],
-                           check=True, stdout=sys.stderr)
-            return read_folder(Path(out, "generated"))
+            flags = dict(base=base, sample=n, prompt=f"{out}/prompts.txt") | (dict(lora=lora) if files else {})
+            return generated("finetune_lora.py", out, **flags)
 
     def row(told, n):
         whole = np.logical_and.reduce(list(told.values()))
@@ -1253,14 +1237,15 @@ def main():
              "dit": part_dit, "lora": part_lora, "serve": part_serve}
     p.add_argument("--parts", default=",".join(parts), help="which to run")
     p.add_argument("--rounds", type=int, default=5, help="step: rounds to take the median of")
-    p.add_argument("--images", type=int, default=1000, help="fid: images in each folder")
+    p.add_argument("--fid_n", type=int, default=1000, help="fid: images in each folder")
     p.add_argument("--seeds", type=int, default=10, help="flow: runs of each coupling")
-    p.add_argument("--ckpt", nargs="+", default=[], help="quality, prompts: model.safetensors files")
+    p.add_argument("--runs", nargs="+", default=[], metavar="FOLDER[:SAMPLER[:STEPS],...]",
+                   help="quality, nfe: runs of ddpm_images.py and cfm_images.py; else those in out/")
+    p.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="quality: folders of images")
+    p.add_argument("--n", type=int, default=512, help="quality, nfe: images to sample")
+    p.add_argument("--ckpt", nargs="+", default=[], help="prompts: model.safetensors files of text2img.py")
     p.add_argument("--scales", default="1,1.5,2,4", help="prompts: scales of the guidance, with commas between")
-    p.add_argument("--samplers", default="ddpm:50", help="quality: NAME:STEPS,... for each --ckpt")
     p.add_argument("--soak", type=float, default=60, help="serve: seconds of load to watch the memory over")
-    p.add_argument("--pictures", nargs="+", default=[], help="quality: folders of pictures")
-    p.add_argument("--n", type=int, default=512, help="quality: pictures to sample and to draw")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     if set(args.parts.split(",")) - set(parts):

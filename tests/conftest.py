@@ -63,7 +63,7 @@ TORCHVISION = shim_torchvision()
 
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
-    """run_script("ddpm_images.py", "--smoke", env={"RANK": 0}) -> CompletedProcess with text stdout and stderr.
+    """run_script("ddpm_images.py", "--preset", "smoke", env={"RANK": 0}) -> CompletedProcess with text stdout and stderr.
 
     The script runs in a fresh folder unless `cwd` is given, so it finds no data and leaves nothing in the checkout.
     `env` is added to the environment (None removes a variable); `via` goes between Python and the script, for example
@@ -78,3 +78,9 @@ def run_script(tmp_path_factory):
                               stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def drawn_faces(tmp_path_factory):
+    """A folder for the smoke runs of both image scripts: its data/cache keeps the 16,000 faces, drawn once."""
+    return tmp_path_factory.mktemp("drawn_faces")

@@ -86,13 +86,13 @@ def test_a_weighted_score_is_a_noise_prediction():
                                d.loss_fn(lambda x, t: out, x0, eps, t, ab, "eps"))
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.7), ("ddim", 1), ("dpmpp_2m", 0)])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("schedule", d.SCHEDULES)
-def test_samplers_are_those_of_ddpm_images(schedule, sampler, eta):
-    """A model whose guess stays within [-1, 1], where ddpm_images.py clips nothing."""
+def test_samplers_are_those_of_ddpm_images(schedule, sampler):
+    """At all 1000 levels, of which fewer steps take others; with a guess within [-1, 1], where nothing is clipped."""
     ab = d.make_alpha_bar(schedule)
-    noise = torch.randn(12, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a, b = (s.sample(lambda xt, t: (xt * 0.7 + t[:, None] / 999).sin(), iter(noise), ab, "x0", sampler, 11, eta)
+    noise = torch.randn(1001, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = (s.sample(lambda xt, t: (xt * 0.7 + t[:, None] / 999).sin(), iter(noise), ab, "x0", sampler, 1000)
             for s in (d, ddpm_images))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 

@@ -1,413 +1,860 @@
-"""ddpm_images.py: schedules, loss, samplers, network and training, against closed forms and diffusers in float64."""
+"""ddpm_images.py: method and network, against closed forms and diffusers. Of both scripts: runs, sentences, data."""
+import argparse
+import contextlib
+import functools
+import io
 import json
-import math
 import os
 import shutil
 import signal
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
-import ddpm_images as mm
+import cfm_images
+import ddpm_images as d
 
-TINY = "--size 16 --patch 4 --width 32 --mults 1,2 --blocks 1 --batch_size 8 --sample_steps 2 --dtype fp32".split()
+SMALL = "--preset smoke --size 16 --batch_size 8 --device cpu".split()
+both = pytest.mark.parametrize("script", [d, cfm_images], ids=["ddpm", "cfm"])
+each_pred = pytest.mark.parametrize("pred", ["eps", "v", "x0"])
+each_schedule = pytest.mark.parametrize("schedule", ["linear", "cosine"])
 
 
 @pytest.fixture(autouse=True)
 def fresh_folder(tmp_path, monkeypatch):
+    """Each test runs in an empty folder. Training changes what Ctrl-C does, so that is put back."""
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handler = signal.getsignal(signal.SIGINT)
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
+
+
+def run(script, *flags):
+    """The script's main() with these flags, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        script.main()
+
+
+def stopped(script, *flags):
+    """-> how a run with these flags ends: the exit status 2 of argparse, or the sentence, whose exit status is 1."""
+    with pytest.raises(SystemExit) as stop:
+        run(script, *flags)
+    return stop.value.code
+
+
+@functools.cache
+def faces(size=16):
+    """64 drawn faces and their species."""
+    labels = [d.face_traits(np.random.default_rng((5, i)))[0] for i in range(64)]
+    return np.stack([d.draw_face(5, i, size) for i in range(64)]), np.array(labels)
 
 
 @pytest.fixture
-def faces(tmp_path):
-    """A small .npz of drawn faces with labels."""
-    drawn = [mm.draw_face(5, i, 16) for i in range(64)]
-    np.savez(tmp_path / "faces.npz", images=np.stack([d[0] for d in drawn]), labels=np.array([d[1] for d in drawn]))
-    return str(tmp_path / "faces.npz")
+def npz():
+    np.savez("faces.npz", images=faces()[0], labels=faces()[1])
+    return ["--data", "faces.npz"]
 
 
-def run(*flags):
-    return mm.main([str(f) for f in flags])
+def no_show(monkeypatch, script):
+    """Training without the images at its end, which take most of the time of a short run."""
+    monkeypatch.setattr(script, "show", lambda *args: None)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # The method
 
 
+def levels(steps):
+    """The t of `steps` network calls. If sample() takes other times, this is the one place to change."""
+    return np.linspace(d.T, 0, steps, endpoint=False).round().astype(int) - 1
+
+
 def test_schedules():
     beta = np.linspace(1e-4, 0.02, 1000)
-    np.testing.assert_allclose(mm.make_alpha_bar("linear").numpy(), np.cumprod(1 - beta), rtol=1e-12)
-    t = np.arange(1, 1001) / 1000
-    f = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-    ab = mm.make_alpha_bar("cosine").numpy()
-    np.testing.assert_allclose(ab[:-1], f(t[:-1]) / f(0), rtol=1e-9)  # the clip at 0.999 touches the last level only
+    np.testing.assert_allclose(d.make_alpha_bar("linear").numpy(), np.cumprod(1 - beta), rtol=1e-12)
+    ab, f = d.make_alpha_bar("cosine").numpy(), np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(ab[:-1], f[1:-1] / f[0], rtol=1e-9)  # the clip at 0.999 touches the last level only
     np.testing.assert_allclose(ab[-1] / ab[-2], 0.001, rtol=1e-9)
-    assert ab.dtype == np.float64 and (np.diff(ab) < 0).all()
+    assert ab.dtype == np.float64
 
 
-@pytest.mark.parametrize("pred", ["eps", "v", "x0"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_x0_is_recovered_from_the_right_output_and_the_loss_is_zero_there(schedule, pred):
-    torch.manual_seed(0)
-    ab = mm.make_alpha_bar(schedule)
-    x0, eps, t = torch.randn(8, 3, 4, 4).double(), torch.randn(8, 3, 4, 4).double(), torch.arange(8) * 140
-    a = ab[t].view(-1, 1, 1, 1)
-    xt = mm.add_noise(x0, eps, a)
-    assert torch.allclose(xt, a.sqrt() * x0 + (1 - a).sqrt() * eps, rtol=0, atol=1e-14)
+@each_pred
+@each_schedule
+def test_the_right_output_gives_back_x0_and_has_no_loss(schedule, pred):
+    ab, t, x0, eps = d.make_alpha_bar(schedule), torch.arange(8) * 140, randn(8, 3, 4, 4), randn(8, 3, 4, 4, seed=1)
+    a, seen = ab[t].view(-1, 1, 1, 1), []
+    xt = d.add_noise(x0, eps, a)
+    torch.testing.assert_close(xt, a.sqrt() * x0 + (1 - a).sqrt() * eps, rtol=0, atol=1e-14)
     right = {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[pred]
-    torch.testing.assert_close(mm.to_x0(right, xt, a, pred), x0, rtol=0, atol=1e-8)
-    assert mm.loss_fn(lambda *_: right, x0, eps, t, ab, pred).abs().max() < 1e-28
-    seen = []
-    mm.loss_fn(lambda xt, t: seen.append((xt, t)) or right, x0, eps, t, ab, pred)
-    assert torch.equal(seen[0][1], t) and torch.allclose(seen[0][0], xt, atol=1e-14)
-    assert torch.allclose(mm.loss_fn(lambda *_: right + 0.5, x0, eps, t, ab, pred), torch.full((8,), 0.25).double())
+    torch.testing.assert_close(d.to_x0(right, xt, a, pred), x0, rtol=0, atol=1e-8)
+    loss = d.loss_fn(lambda *call: seen.extend(call) or right, x0, eps, t, ab, pred)
+    assert loss.abs().max() < 1e-28 and torch.equal(seen[1], t)
+    torch.testing.assert_close(seen[0], xt, rtol=0, atol=1e-14)
+    torch.testing.assert_close(d.loss_fn(lambda *_: right + 0.5, x0, eps, t, ab, pred), torch.full((8,), 0.25).double())
 
 
-def test_min_snr_weights_the_error_of_x0_by_the_capped_snr_whatever_is_predicted():
-    torch.manual_seed(0)
-    ab, t, gamma = mm.make_alpha_bar("cosine"), torch.tensor([30, 300, 500, 700, 900]), 5.0
-    x0, eps, wrong = (torch.randn(5, 3, 4, 4).double() for _ in range(3))
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_min_snr_weights_the_error_of_x0_whatever_is_predicted(gamma):
+    """By the SNR, but at most by gamma, and of x0 and v at least by a small number, found from the noisiest level."""
+    ab, t = d.make_alpha_bar("cosine"), torch.tensor([30, 300, 500, 700, 800, 995])
+    x0, eps, error = randn(6, 3, 4, 4), randn(6, 3, 4, 4, seed=1), 0.1 * randn(6, 3, 4, 4, seed=2)
     a = ab[t].view(-1, 1, 1, 1)
-    xt, guess = mm.add_noise(x0, eps, a), x0 + 0.1 * wrong
-    out = {"x0": guess, "eps": (xt - a.sqrt() * guess) / (1 - a).sqrt()}
-    out["v"] = a.sqrt() * out["eps"] - (1 - a).sqrt() * guess
-    want = (ab[t] / (1 - ab[t])).clamp(max=gamma) * (0.1 * wrong).square().mean((1, 2, 3))
-    for pred in out:
-        got = mm.loss_fn(lambda *_: out[pred], x0, eps, t, ab, pred, gamma)
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+    xt = d.add_noise(x0, eps, a)
+    out = {"x0": x0 + error, "eps": (xt - a.sqrt() * (x0 + error)) / (1 - a).sqrt()}
+    out["v"] = a.sqrt() * out["eps"] - (1 - a).sqrt() * out["x0"]
+    snr, size = ab[t] / (1 - ab[t]), error.square().mean((1, 2, 3))
+    weights = {p: d.loss_fn(lambda *_: out[p], x0, eps, t, ab, p, gamma) / size for p in out}
+    for weight in weights.values():
+        torch.testing.assert_close(weight[:-1], snr[:-1].clamp(max=gamma), rtol=1e-7, atol=0)
+    assert snr[-1] < 0.001 < 0.01 < weights["x0"][-1] < 0.1 and abs(weights["v"][-1] / weights["x0"][-1] - 1) < 0.06
 
 
 def toy_model(xt, t):
     """A smooth nonlinear stand-in for a network, in the dtype of xt."""
-    return torch.tanh(xt.roll(1, -1) + 0.3 * torch.cos(t.to(xt.dtype) / 300).view(-1, 1, 1, 1)) * 0.8
+    return 0.8 * torch.tanh(xt.roll(1, -1) + 0.3 * torch.cos(t.to(xt.dtype) / 300).view(-1, 1, 1, 1))
 
 
-PRED_NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-
-
-@pytest.mark.parametrize("pred", ["eps", "v", "x0"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("sampler, eta, steps", [("ddpm", 0, 1000), ("ddpm", 0, 10), ("ddim", 0, 10), ("ddim", 0.6, 10),
-                                                 ("ddim", 1, 7), ("dpmpp_2m", 0, 10), ("ddim", 0, 1)])
-def test_samplers_equal_diffusers(pred, schedule, sampler, eta, steps):
+@each_pred
+@each_schedule
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("ddpm", 7), ("ddim", 10), ("ddim", 1), ("dpmpp_2m", 10)])
+def test_samplers_equal_diffusers(pred, schedule, sampler, steps, monkeypatch):
     """Step for step, on the same noise, in float64."""
     diffusers = pytest.importorskip("diffusers")
-    ab, levels = mm.make_alpha_bar(schedule), np.linspace(999, 0, steps).round().astype(int)
-    g = torch.Generator().manual_seed(1)
-    noise = [torch.randn(2, 3, 8, 8, generator=g, dtype=torch.float64) for _ in range(steps + 1)]
-    got = mm.sample(toy_model, iter(noise), ab, pred, sampler, steps, eta)
+    ab, times, seen = d.make_alpha_bar(schedule), levels(steps), []
+    noise = [randn(2, 3, 4, 4, seed=i) for i in range(steps)]
+    got = d.sample(toy_model, iter(noise), ab, pred, sampler, steps, lambda t, *_: seen.append(t))
+    assert seen == times.tolist()
 
-    common = dict(num_train_timesteps=1000, prediction_type=PRED_NAMES[pred])
-    if sampler == "dpmpp_2m":  # it has no clipping, so ours is held against it through a model that stays inside
-        scheduler = diffusers.DPMSolverMultistepScheduler(**common, thresholding=False, final_sigmas_type="zero")
-        scheduler.convert_model_output = lambda out, *a, sample=None, **k: mm.to_x0(
-            out, sample, ab[int(levels[scheduler.step_index])].item(), pred).clamp(-1, 1)
-    elif sampler == "ddim":
-        scheduler = diffusers.DDIMScheduler(**common, clip_sample=True, set_alpha_to_one=True)
-    else:
-        scheduler = diffusers.DDPMScheduler(**common, clip_sample=True, variance_type="fixed_small")
-        scheduler.custom_timesteps = True
-    scheduler.alphas_cumprod = ab
-    scheduler.set_timesteps(steps)
-    scheduler.timesteps = torch.as_tensor(levels)
-    if sampler == "dpmpp_2m":
-        scheduler.sigmas = torch.cat([((1 - ab[levels]) / ab[levels]).sqrt(), torch.zeros(1).double()])
-    if sampler == "ddpm":  # which level comes next: diffusers assumes even spacing, so hand it ours
-        after = dict(zip(levels.tolist(), levels[1:].tolist() + [-1]))
-        scheduler.previous_timestep = lambda t: after[int(t)]
-        scheduler._get_variance = lambda t, predicted_variance=None: (
-            (1 - (ab[after[int(t)]] if after[int(t)] >= 0 else 1.0)) / (1 - ab[int(t)])
-            * (1 - ab[int(t)] / (ab[after[int(t)]] if after[int(t)] >= 0 else 1.0)))
-        scheduler.one = torch.tensor(1.0).double()
-    x, k = noise[0], 1
-    for i, t in enumerate(levels.tolist()):
-        out = toy_model(x, torch.full((2,), t))
-        if sampler == "ddim":
-            scheduler.num_inference_steps = 1
-            s = levels[i + 1] if i + 1 < steps else -1
-            scheduler.config.num_train_timesteps = t - s  # so that its prev_timestep = t - (t - s)
-            extra = dict(eta=eta, use_clipped_model_output=True,
-                         variance_noise=noise[k] if eta > 0 and s >= 0 else torch.zeros_like(x))
-            k += eta > 0
-            x = scheduler.step(out, t, x, **extra).prev_sample
-        elif sampler == "ddpm":
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **kw: noise[k])
-                x = scheduler.step(out, t, x).prev_sample
-            k += 1
-        else:
-            x = scheduler.step(out, t, x).prev_sample
-    # diffusers casts to float32 inside its DPM-Solver++ step
-    torch.testing.assert_close(got, x, rtol=0, atol=5e-6 if sampler == "dpmpp_2m" else 1e-9)
+    name = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[sampler]
+    kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[pred]
+    theirs = getattr(diffusers, name)(prediction_type=kind)
+    theirs.alphas_cumprod = ab
+    theirs.set_timesteps(steps)
+    theirs.timesteps = torch.as_tensor(times)
+    if sampler == "dpmpp_2m":  # it knows no clipping, so it is given ours
+        theirs.sigmas = torch.cat([((1 - ab[times]) / ab[times]).sqrt(), torch.zeros(1)])
+        theirs.convert_model_output = lambda out, sample: d.to_x0(
+            out, sample, ab[times[theirs.step_index]].item(), pred).clamp(-1, 1)
+    x, fresh = noise[0], iter(noise[1:] + noise[:1])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(fresh))
+    for t, s in zip(times, [*times[1:], -1]):
+        extra = {}
+        if sampler == "ddim":  # which takes the steps to be evenly spaced, so each is made one of its own spacing
+            theirs.config.num_train_timesteps, theirs.num_inference_steps = t - s, 1
+            extra = dict(use_clipped_model_output=True)
+        x = theirs.step(toy_model(x, torch.full((2,), t)), int(t), x, **extra).prev_sample
+    # diffusers rounds to float32 inside DPM-Solver++, and adds noise of 1e-10 at the end of DDPM
+    torch.testing.assert_close(got, x, rtol=0, atol=5e-5 if sampler == "dpmpp_2m" else 1e-8)
 
 
-@pytest.mark.parametrize("sampler, steps, eta", [("ddpm", 1000, 0), ("ddim", 1000, 0), ("ddim", 1000, 0.5),
-                                                 ("dpmpp_2m", 1000, 0)])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_samplers_reach_a_gaussian_whose_score_is_known(schedule, sampler, steps, eta):
+@each_schedule
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_samplers_reach_a_gaussian_whose_score_is_known(schedule, sampler):
     """For x0 ~ N(m, s^2) the best prediction is linear in xt, and the samples have to be N(m, s^2) again."""
-    m, s, ab, g = 0.2, 0.15, mm.make_alpha_bar(schedule), torch.Generator().manual_seed(0)
+    m, s, ab = 0.2, 0.15, d.make_alpha_bar(schedule)
 
     def best_x0(xt, t):
         a = ab[t].view(-1, 1, 1, 1)
         return m + a.sqrt() * s ** 2 / (a * s ** 2 + 1 - a) * (xt - a.sqrt() * m)
-    noise = (torch.randn(1, 1, 100, 100, generator=g, dtype=torch.float64) for _ in range(steps + 1))
-    x = mm.sample(best_x0, noise, ab, "x0", sampler, steps, eta)
+    x = d.sample(best_x0, (randn(1, 1, 100, 100, seed=i) for i in range(1000)), ab, "x0", sampler, 1000)
     assert abs(x.mean() - m) < 0.006 and abs(x.std() / s - 1) < 0.03  # four standard errors and the discretisation
 
 
-def test_guidance():
-    class Model(nn.Module):
-        y_null = 10
-
-        def forward(self, xt, t, y=None, cond=None):
-            return xt * 0 + y.view(-1, 1, 1, 1) + cond
+@both
+def test_guidance(script):
+    def model(xt, t, y):
+        return xt * 0 + y.view(-1, 1, 1, 1)
     x, t, y = torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.tensor([3, 4])
-    cond = torch.tensor([0.25, 0.5]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    for scale, want in ((1, [3.25, 4.5]), (0, [10.25, 10.5]), (2.5, [10.25 - 2.5 * 7, 10.5 - 2.5 * 6])):
-        assert mm.guided(Model(), y, cond, scale)(x, t)[:, 0, 0, 0].tolist() == want
+    for scale, want in ((1, [3, 4]), (0, [10, 10]), (2.5, [10 - 2.5 * 7, 10 - 2.5 * 6])):
+        assert script.guided(model, y, 10, scale, x, t)[:, 0, 0, 0].tolist() == want
+    bf16 = script.guided(lambda xt, t, y: model(xt, t, y).bfloat16() / 3, y, 10, 2.5, x, t)
+    assert bf16.dtype == torch.float32, "the difference is not rounded to bf16"
 
 
 def test_conditions():
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(2, 3, 16, 16).contiguous()
-    assert mm.make_condition("none", red) is None
-    torch.testing.assert_close(mm.make_condition("gray", red), torch.full((2, 1, 16, 16), 2 * 0.299 - 1))
-    torch.testing.assert_close(mm.make_condition("lowres", red), red)
-    assert (mm.make_condition("edges", red) == -1).all()                # no edges in a flat picture
+    assert d.make_condition("none", red) is None
+    torch.testing.assert_close(d.make_condition("gray", red), torch.full((2, 1, 16, 16), 2 * 0.299 - 1))
+    torch.testing.assert_close(d.make_condition("lowres", red), red)
+    assert (d.make_condition("edges", red) == -1).all(), "no edges in a flat image"
     step = torch.where(torch.arange(16) < 8, -1.0, 1.0).expand(1, 3, 16, 16)
-    edges = mm.make_condition("edges", step)[0, 0, 8]
-    assert (edges[[7, 8]] == 1).all() and (edges[:7] == -1).all() and (edges[9:] == -1).all()
+    for edges in (d.make_condition("edges", step)[0, 0], d.make_condition("edges", step.mT)[0, 0].T):
+        assert (edges[:, [7, 8]] == 1).all() and (edges[:, :7] == -1).all() and (edges[:, 9:] == -1).all()
     blocks = torch.randn(1, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    low = mm.make_condition("lowres", blocks)
-    assert torch.allclose(low, torch.nn.functional.interpolate(blocks[:, :, ::4, ::4], scale_factor=4, mode="bilinear"))
-    x = torch.randn(64, 3, 16, 16)
-    masked, hole = mm.make_condition("mask", x).split([3, 1], 1)
-    assert (hole[:, :, 4:12, 4:12] == 1).all() and (hole == 1).float().mean() == 0.25  # the middle half
-    box = torch.rand(64, 4)
-    masked, hole = mm.make_condition("mask", x, box).split([3, 1], 1)
-    inside = (hole == 1).expand_as(x)
-    assert (masked[inside] == 0).all() and torch.equal(masked[~inside], x[~inside])
-    area = (hole == 1).float().mean((1, 2, 3))
-    want = (0.25 + 0.5 * box[:, 2]) * (0.25 + 0.5 * box[:, 3])
-    assert (area - want).abs().max() < 0.1 and abs(area.mean() - want.mean()) < 0.02
+    want = F.interpolate(blocks[:, :, ::4, ::4], scale_factor=4, mode="bilinear")
+    torch.testing.assert_close(d.make_condition("lowres", blocks), want)
+    x = torch.rand(2, 3, 16, 24) + 1
+    hole = d.make_condition("hole", x)
+    assert (hole[:, :, 4:12, 6:18] == 0).all() and (hole == 0).float().mean() == 0.25 and x.min() >= 1
+    assert torch.equal(hole[hole != 0], x[hole != 0])
 
 
 # The network
 
 
+def make_unet(script=d, **changed):
+    args = argparse.Namespace(width=32, patch=4, mults=[1, 2], blocks=1, attn=1, dropout=0.0, classes=["a", "b", "c"],
+                              class_cond=True, condition="none")
+    return script.UNet(argparse.Namespace(**vars(args) | changed))
+
+
 def randomized(model):
+    """Weights without the ones and zeros of initialisation, which hide mistakes; float64."""
     torch.manual_seed(0)
     for p in model.parameters():
-        nn.init.normal_(p, std=0.05)  # default initialisation hides mistakes behind its ones and zeros
+        nn.init.normal_(p, std=0.05)
     return model.double().eval()
 
 
 def test_res_block_equals_diffusers():
-    diffusers = pytest.importorskip("diffusers")
-    from diffusers.models.resnet import ResnetBlock2D
-    ours = randomized(mm.ResBlock(64, 96, 128, False, 0.0))
-    theirs = ResnetBlock2D(in_channels=64, out_channels=96, temb_channels=128, groups=32, eps=1e-5,
-                           time_embedding_norm="scale_shift", use_in_shortcut=True).double()
-    names = {"norm1": "norm1", "conv1": "conv1", "time_emb_proj": "film", "norm2": "norm2", "conv2": "conv2",
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    ours = randomized(d.ResBlock(64, 96, 128, False, 0.0))
+    theirs = resnet.ResnetBlock2D(in_channels=64, out_channels=96, temb_channels=128, groups=32, eps=1e-5,
+                                  time_embedding_norm="scale_shift").double()
+    names = {"norm1": "conv1.0", "conv1": "conv1.2", "time_emb_proj": "film", "norm2": "norm", "conv2": "conv2.2",
              "conv_shortcut": "skip"}
-    theirs.load_state_dict({k: ours.state_dict()[names[k.split(".")[0]] + "." + k.split(".")[1]]
-                            for k in theirs.state_dict()})
-    theirs.nonlinearity = nn.Identity()  # it applies SiLU to the embedding inside, we do it once outside
-    x, emb = torch.randn(2, 64, 8, 8).double(), torch.randn(2, 128).double()
-    silu, theirs.nonlinearity = nn.SiLU(), nn.SiLU()
-    torch.testing.assert_close(ours(x, silu(emb)), theirs(x, emb), rtol=0, atol=1e-11)
-    assert diffusers
+    state = {k: ours.state_dict()[f"{names[k.split('.')[0]]}.{k.split('.')[1]}"] for k in theirs.state_dict()}
+    theirs.load_state_dict(state)
+    x, emb = randn(2, 64, 8, 8), randn(2, 128, seed=1)
+    torch.testing.assert_close(ours(x, F.silu(emb)), theirs(x, emb), rtol=0, atol=1e-11)  # theirs has the SiLU inside
 
 
 def test_attention_equals_torch():
-    ours, C = randomized(mm.Attention(64)), 64
-    theirs = nn.MultiheadAttention(C, 2, batch_first=True).double()
-    state = ours.state_dict()
-    theirs.load_state_dict({"in_proj_weight": state["qkv.weight"][:, :, 0, 0], "in_proj_bias": state["qkv.bias"],
-                            "out_proj.weight": state["proj.weight"][:, :, 0, 0], "out_proj.bias": state["proj.bias"]})
-    x = torch.randn(2, C, 6, 6).double()
-    n = ours.norm(x).flatten(2).transpose(1, 2)
-    want = x + theirs(n, n, n, need_weights=False)[0].transpose(1, 2).reshape(x.shape)
+    ours, theirs = randomized(d.Attention(64)), nn.MultiheadAttention(64, 2, batch_first=True).double()
+    qkv, proj = ours.qkv, ours.proj
+    theirs.load_state_dict({"in_proj_weight": qkv.weight[:, :, 0, 0], "in_proj_bias": qkv.bias,
+                            "out_proj.weight": proj.weight[:, :, 0, 0], "out_proj.bias": proj.bias})
+    x = randn(2, 64, 6, 6)
+    n = ours.norm(x).flatten(2).mT
+    want = x + theirs(n, n, n, need_weights=False)[0].mT.reshape(x.shape)
     torch.testing.assert_close(ours(x), want, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("patch, mults, blocks", [(1, [1, 2], 2), (2, [1, 2, 2], 1), (4, [1], 1)])
-def test_unet(patch, mults, blocks):
-    torch.manual_seed(0)
-    net = mm.UNet(16, patch, 32, mults, blocks, 8, 0.0, n_classes=3, c_cond=1)
-    x, t, cond = torch.randn(2, 3, 16, 16), torch.tensor([3, 800]), torch.randn(2, 1, 16, 16)
-    assert (net(x, t, None, cond) == 0).all()  # zero-initialised end
+@pytest.mark.parametrize("patch, mults, blocks, attn", [(1, [1, 2], 2, 1), (2, [1, 2, 2], 1, 2), (4, [1], 1, 0)])
+def test_unet(patch, mults, blocks, attn):
+    net = make_unet(patch=patch, mults=mults, blocks=blocks, attn=attn, condition="gray")
+    x, t, y, cond = randn(2, 3, 16, 16), torch.tensor([3, 800]), torch.tensor([0, 2]), randn(2, 1, 16, 16, seed=1)
+    assert (net.double()(x, t, y, cond) == 0).all(), "it begins at zero"
     net = randomized(net)
-    x, cond = x.double(), cond.double()
-    y = torch.tensor([0, 2])
     out = net(x, t, y, cond)
     assert out.shape == x.shape
-    for change in (net(x, t + 1, y, cond), net(x, t, y.flip(0), cond), net(x, t, y, -cond), net(-x, t, y, cond)):
-        assert (change - out).flatten(1).norm(dim=1).min() > 1e-6  # every input counts
-    torch.testing.assert_close(net(x, t, None, cond), net(x, t, torch.tensor([3, 3]), cond))  # no label is a label
-    torch.testing.assert_close(net(x[1:], t[1:], y[1:], cond[1:]), out[1:])                   # pictures do not mix
+    other = net(-x, t, y, cond), net(x, t + 1, y, cond), net(x, t, y.flip(0), cond), net(x, t, y, -cond)
+    for changed in other:
+        assert (changed - out).flatten(1).norm(dim=1).min() > 1e-6, "every input counts"
+    torch.testing.assert_close(net(x[1:], t[1:], y[1:], cond[1:]), out[1:])  # images do not mix
+    assert (net(x, t, torch.full_like(y, net.y_null), cond) - out).abs().max() > 1e-6, "no label is a label too"
+    attentions = [m for m in net.modules() if isinstance(m, d.Attention)]  # down and up at the lowest sizes, and between
+    assert len(attentions) == 2 * attn * blocks + 1
+    assert {m.norm.num_channels for m in attentions[:attn * blocks]} <= {32 * mult for mult in mults[-attn:]}
 
 
-def test_ema_is_a_geometric_mean_of_the_past():
+# Training and sampling
+
+
+@both
+def test_get_batch(script):
+    """Two processes take the halves of one batch; half of the images are mirrored, a tenth of the labels dropped."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8), torch.arange(20) % 3
+    data = argparse.Namespace(images=images, labels=labels, classes=["a", "b", "c"], train=np.arange(2, 20))
+    args = argparse.Namespace(batch_size=600, size=8, flip=True, device="cpu", times="logit_normal")
+
+    def batch(rank=0, world=1):
+        torch.manual_seed(1)
+        return script.get_batch(data, args, rank, world)
+    x0, eps, t, y = batch()
+    for whole, a, b in zip((x0, eps, t, y), batch(0, 2), batch(1, 2)):
+        assert torch.equal(whole, torch.cat([a, b]))
+    source = script.to_tensor(images, "cpu")
+    same = (x0[:, None] == source).flatten(2).all(2)
+    mirrored = (x0[:, None] == source.flip(-1)).flatten(2).all(2)
+    assert (same ^ mirrored).sum() == 600 and not (same | mirrored)[:, :2].any(), "no validation images"
+    assert (same | mirrored)[:, 2:].any(0).all() and 0.4 < mirrored.any(1).float().mean() < 0.6
+    label = labels[(same | mirrored).int().argmax(1)]
+    assert set((y[y != label]).tolist()) == {3} and 0.05 < (y == 3).float().mean() < 0.15
+    assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
+    args.flip = False
+    assert (batch()[0][:, None] == source).flatten(2).all(2).any(1).all()
+    if script is d:
+        assert t.min() < 10 and t.max() > 990 and abs(t.float().mean() - 499.5) < 50
+
+
+@both
+def test_validation_is_the_same_each_time(script):
+    """All held-out images, at evenly spread t; nothing of it depends on the generator."""
+    images, seen = np.zeros((90, 8, 8, 3), np.uint8), []
+    data = argparse.Namespace(images=images, labels=torch.zeros(90, dtype=torch.int64), val=np.arange(10, 90))
+    args = argparse.Namespace(seed=0, device="cpu", condition="none", schedule="cosine", pred="x0", min_snr=0.5)
+
+    def model(xt, t, **_):
+        seen.extend(t.tolist())
+        return 0.5 * xt
+    first = script.validate(model, data, args)
+    assert script.validate(model, data, args) == first > 0
+    spread = np.arange(80) * 1000 // 80 if script is d else (np.arange(80) + 0.5) / 80
+    np.testing.assert_allclose(seen, np.tile(spread, 2), rtol=1e-6)
+
+
+@both
+def test_an_image_depends_on_seed_and_number_alone(script, monkeypatch):
+    monkeypatch.setattr(script, "autocast", lambda device: contextlib.nullcontext())  # bf16 rounds batches differently
+    net = randomized(make_unet(script)).float()
+    for sampler in ("ddpm", "dpmpp_2m") if script is d else ("ancestral", "heun"):
+        args = argparse.Namespace(seed=3, size=16, device="cpu", classes=["a", "b", "c"], label=None, condition="none",
+                                  schedule="cosine", pred="x0", cfg_scale=2.0, sampler=sampler, sample_steps=5)
+        batch = script.generate(net, args, range(6))
+        for i in ([4], [3, 4], [0, 1, 4]):
+            torch.testing.assert_close(script.generate(net, args, i), batch[i], rtol=0, atol=1e-5)
+        args.label = "b"
+        one_class = script.generate(net, args, range(6))
+        assert (one_class - batch).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [True, False, True] * 2, "classes in turn"
+        args.label, args.seed = None, 4
+        assert (script.generate(net, args, [4]) - batch[4:5]).abs().max() > 1e-3
+
+
+@both
+def test_ema_and_seeds(script):
     model, ema = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
     nn.init.zeros_(ema.weight)
     nn.init.ones_(model.weight)
     for _ in range(10):
-        mm.update_ema(ema, model, 0.9)
-    assert torch.allclose(ema.weight, torch.tensor(1 - 0.9 ** 10))
+        script.update_ema(ema, model, 0.9)
+    torch.testing.assert_close(ema.weight, torch.full((2, 2), 1 - 0.9 ** 10))
+    seeds = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1 << 32, 1, 2), (0, 1, 3)]
+    assert len({script.seed_of(*numbers) for numbers in seeds}) == len(seeds)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 1), ("dpmpp_2m", 0)])
-def test_a_picture_depends_on_seed_and_index_alone(sampler, eta):
-    args = mm.parse_args([*TINY, "--sampler", sampler, "--eta", str(eta), "--sample_steps", "5", "--seed", "3"])
-    net = randomized(mm.build_model(args, 1)).float()
-    ab = mm.make_alpha_bar("cosine")
-    make = lambda args, i: mm.generate(net, args, ab, i, torch.device("cpu"))
-    batch = make(args, range(6))
-    torch.testing.assert_close(batch[4:5], make(args, [4]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(batch[2:4], make(args, [2, 3]), rtol=0, atol=1e-5)
-    args.seed = 4
-    assert (make(args, [4]) - batch[4:5]).abs().max() > 1e-3
+def test_a_failed_write_leaves_the_old_file():
+    def half(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    d.write_atomically(Path("folder/file"), lambda file: file.write(b"whole"))
+    with pytest.raises(OSError, match="No space left"):
+        d.write_atomically(Path("folder/file"), half)
+    assert Path("folder/file").read_bytes() == b"whole"
 
 
-# Training
+def checkpoint(out):
+    return torch.load(f"{out}/ckpt.pt", weights_only=True)
 
 
-def weights(path, *keys):
-    state = torch.load(path, weights_only=True)
-    flat = {}
-    for key in keys or ("model", "ema", "opt"):
-        for k, v in (state[key].items() if key != "opt" else enumerate(state["opt"]["state"].values())):
-            flat.update({(key, k): v} if torch.is_tensor(v) else {(key, k, j): w for j, w in v.items()})
-    return state["step"], flat
+def weights(out, *parts):
+    """All tensors of a checkpoint, by name: of the model, its EMA and the optimizer."""
+    ckpt = checkpoint(out)
+    tensors = {(part, k): v for part in ("model", "ema") for k, v in ckpt[part].items()}
+    return tensors | {("opt", i, k): v for i, state in ckpt["opt"]["state"].items() for k, v in state.items()}
 
 
-def test_resume_is_exact(faces, monkeypatch):
-    """Six steps at once, and six steps that SIGTERM cuts after the second: the same weights, bit for bit."""
-    flags = ["--data", faces, *TINY, "--class_cond", "--dropout", "0.2", "--eval_every", "4", "--steps", "6", "--accum", "2"]
-    assert run(*flags, "--out", "whole") == 0
-    batch = mm.train_batch
+@both
+def test_resume_is_exact(script, npz, monkeypatch, capsys):
+    """6 steps; 6 that Ctrl-C cuts after the second; 3 and then 3 more: the same bits."""
+    no_show(monkeypatch, script)
+    monkeypatch.setitem(script.PRESETS["smoke"], "dropout", 0.2)
+    flags = [*SMALL, *npz, "--class_cond", "--eval_every", 4, "--steps", 6, "--out"]
+    run(script, *flags, "whole")
+    get_batch, calls = script.get_batch, []
 
-    def cut(data, args, step, *rest):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(data, args, step, *rest)
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_batch(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(mm, "train_batch", cut)
-        assert run(*flags, "--out", "cut") == 143
-    assert weights("cut/ckpt.pt")[0] == 2
-    assert run("--resume", "cut/ckpt.pt") == 0
-    (step, whole), (step_cut, resumed) = weights("whole/ckpt.pt"), weights("cut/ckpt.pt")
-    assert step == step_cut == 6 and whole.keys() == resumed.keys()
-    assert [k for k in whole if not torch.equal(whole[k], resumed[k])] == []
-    a, b = (mm.load_safetensors(f"{out}/model.safetensors")[0] for out in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    logs = [[json.loads(line) for line in open(f"{out}/log.jsonl")] for out in ("whole", "cut")]
-    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] == [0, 1, 2, 3, 4, 5, 6]
-    assert [r.get("loss") for r in logs[0]] == [r.get("loss") for r in logs[1]]
-    assert [r.get("val_loss") for r in logs[0]] == [r.get("val_loss") for r in logs[1]]
+        patch.setattr(script, "get_batch", interrupted)
+        assert stopped(script, *flags, "cut") == "stopped at step 2; go on with --resume"
+    assert checkpoint("cut")["step"] == 2
+    run(script, "--resume", "--out", "cut", "--device", "cpu")
+    run(script, *flags, "half", "--steps", 3)
+    run(script, "--resume", "--out", "half", "--steps", 6, "--device", "cpu")
+    run(script, *flags, "other", "--seed", 1)
+    whole = weights("whole")
+    for out in ("cut", "half", "other"):
+        resumed = weights(out)
+        assert checkpoint(out)["step"] == 6 and whole.keys() == resumed.keys()
+        different = [k for k in whole if not torch.equal(whole[k], resumed[k])]
+        assert different if out == "other" else not different
+    last = [json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1]) for out in ("whole", "cut", "half")]
+    assert len({record["val_loss"] for record in last}) == 1
 
 
-def test_more_steps_than_first_asked_for(faces):
-    """n steps, resumed for n more, equal 2n steps: nothing in a run may depend on where it is meant to end."""
-    flags = ["--data", faces, *TINY, "--class_cond", "--dropout", "0.2", "--eval_every", "2"]
-    assert run(*flags, "--out", "whole", "--steps", "8") == 0
-    assert run(*flags, "--out", "half", "--steps", "4") == 0
-    assert run("--resume", "half/ckpt.pt", "--out", "half", "--steps", "8") == 0
-    (_, whole), (step, resumed) = weights("whole/ckpt.pt"), weights("half/ckpt.pt")
-    assert step == 8 and [k for k in whole if not torch.equal(whole[k], resumed[k])] == []
-    seconds = [json.loads(line)["seconds"] for line in open("half/log.jsonl")]
-    assert seconds == sorted(seconds), "time goes on where it was"
+@both
+def test_two_processes_equal_one(script, npz, run_script, tmp_path, monkeypatch):
+    """torchrun with two gloo processes takes the same steps, and generates the same images, as one process."""
+    def two(*flags):
+        done = run_script(f"{script.__name__}.py", *flags, cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "lo"},
+                          via="-m torch.distributed.run --nproc_per_node=2 --standalone".split())
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    no_show(monkeypatch, script)
+    flags = [*SMALL, *npz, "--class_cond", "--steps", 3, "--eval_every", 3]
+    run(script, *flags, "--out", "one")
+    assert two(*flags, "--out", "two").count("parameters") == 1, "one process talks"
+    one, two_ = weights("one"), weights("two")
+    torch.manual_seed(0)
+    first = script.UNet(argparse.Namespace(**checkpoint("one")["args"])).state_dict()
+    moved = sum((one["model", k] - first[k]).square().sum() for k in first) ** 0.5
+    apart = sum((one["model", k] - two_["model", k]).square().sum() for k in first) ** 0.5
+    assert apart < 0.05 * moved, (apart, moved)
+    logs = [json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")]
+    for key in ("loss", "val_loss"):
+        assert abs(logs[0][key] / logs[1][key] - 1) < 0.01
+    if script is d:
+        run(script, "--sample", 5, "--out", "one", "--device", "cpu")
+        Path("one/generated").rename("expected")
+        two("--sample", 5, "--out", "one", "--device", "cpu")
+        files = sorted(p.name for p in Path("expected").iterdir())
+        assert files == sorted(p.name for p in Path("one/generated").iterdir()) == [f"{i:06}.png" for i in range(5)]
+        for name in files:
+            a, b = (np.asarray(Image.open(f"{folder}/{name}")).astype(int) for folder in ("expected", "one/generated"))
+            assert abs(a - b).max() <= 1
 
 
-def test_accumulation_changes_nothing(faces):
-    flags = ["--data", faces, *TINY, "--class_cond", "--condition", "mask", "--steps", "2"]
-    assert run(*flags, "--out", "one") == 0 and run(*flags, "--out", "four", "--accum", "4") == 0
-    (_, a), (_, b) = weights("one/ckpt.pt", "model"), weights("four/ckpt.pt", "model")
-    start = mm.parse_args([*flags])
-    torch.manual_seed(mm.mix(mm.INIT, 0))
-    first = mm.build_model(start, 8).state_dict()
-    moved = max((a["model", k] - first[k]).abs().max() for k in first)
-    assert moved > 1e-5 and max((a[k] - b[k]).abs().max() for k in a) < 0.02 * moved
+@both
+def test_the_loss_falls_and_the_ema_is_what_samples(script, npz, monkeypatch):
+    no_show(monkeypatch, script)
+    run(script, *SMALL, *npz, "--steps", 60, "--eval_every", 20, "--lr", 3e-3, "--out", "run", "--no-flip")
+    log = [json.loads(line) for line in open("run/log.jsonl")]
+    losses = [record["val_loss"] for record in log if "val_loss" in record]
+    assert [r["step"] for r in log] == [20, 40, 50, 60] and len(losses) == 3 and losses[2] < 0.9 * losses[0]
+    assert set(log[-1]) == {"step", "loss", "val_loss", "img_per_s", "seconds"}
+
+    def sample():
+        run(script, "--sample", 2, "--out", "run", "--device", "cpu")
+        return [Path(f"run/generated/{i:06}.png").read_bytes() for i in range(2)]
+    before, ckpt = sample(), checkpoint("run")
+    assert any(not torch.equal(ckpt["model"][k], ckpt["ema"][k]) for k in ckpt["ema"])
+    ckpt["model"] = {k: torch.zeros_like(v) for k, v in ckpt["model"].items()}
+    torch.save(ckpt, "run/ckpt.pt")
+    assert sample() == before
 
 
-def test_two_processes_equal_one(faces, tmp_path, run_script):
-    """torchrun with two gloo processes takes the same steps as one process with the whole batch."""
-    flags = ["--data", faces, *TINY, "--class_cond", "--condition", "gray", "--steps", "3", "--device", "cpu"]
-    assert run(*flags, "--out", "one") == 0
-    done = run_script("ddpm_images.py", *flags, "--out", "two", cwd=tmp_path, timeout=120,
-                      via=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"), env={"GLOO_SOCKET_IFNAME": "lo"})
-    assert done.returncode == 0, done.stderr
-    (_, a), (_, b) = weights("one/ckpt.pt", "model", "ema"), weights("two/ckpt.pt", "model", "ema")
-    torch.manual_seed(mm.mix(mm.INIT, 0))
-    first = mm.build_model(mm.parse_args(flags), 8).state_dict()
-    moved = max((a["model", k] - first[k]).abs().max() for k in first)
-    assert moved > 1e-5 and max((a[k] - b[k]).abs().max() for k in a) < 0.02 * moved
-    one, two = ([json.loads(line) for line in open(f"{out}/log.jsonl")][-1] for out in ("one", "two"))
-    assert abs(one["loss"] - two["loss"]) < 1e-4 and abs(one["val_loss"] - two["val_loss"]) < 1e-4
-    assert done.stdout.count("settings:") == 1  # one process talks
+@both
+def test_a_diverged_loss_keeps_the_checkpoint(script, npz, monkeypatch):
+    values = iter([0.5, float("nan")])
+    monkeypatch.setattr(script, "validate", lambda *args: next(values))
+    said = stopped(script, *SMALL, *npz, "--out", "run")
+    assert said.startswith("training diverged: lower --lr; run/ckpt.pt") and checkpoint("run")["step"] == 1
 
 
-@pytest.mark.parametrize("flags", [["--class_cond", "--cfg_scale", "2"], ["--condition", "lowres"], ["--condition", "edges"],
-                                   ["--condition", "mask"], ["--patch", "1", "--pred", "eps", "--schedule", "linear"]])
-def test_the_whole_path(faces, flags, tmp_path):
-    """Train, look at what a run leaves behind, sample from it at two batch sizes' worth of pictures."""
-    assert run("--data", faces, *TINY, *flags, "--steps", "2", "--eval_every", "1") == 0
-    out = tmp_path / "out/ddpm_images"
-    made = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    assert made == {"ckpt.pt", "model.safetensors", "log.jsonl", "samples/000000.png", "samples/000001.png",
-                    "samples/000002.png", "forward.png", "reverse.gif", "training.gif", "interpolation.png", "loss.png"}
-    assert Image.open(out / "reverse.gif").n_frames == 2
-    tensors, about = mm.load_safetensors(out / "model.safetensors")
-    assert about["script"] == "ddpm_images.py" and json.loads(about["data"])["classes"] == [str(i) for i in range(8)]
-    record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert {"step", "loss", "val_loss", "val_bins", "lr", "img_per_s", "seconds"} <= set(record) and record["step"] == 2
-    assert len(record["val_bins"]) == 10 and math.isfinite(record["val_loss"])
-    extra = []
-    if "--condition" in flags:
-        (tmp_path / "in").mkdir()
-        for i in range(3):
-            Image.fromarray(mm.draw_face(9, i, 40)[0]).save(tmp_path / f"in/{i}.png")
-        extra = ["--input", "in"]
-    again = ["--ckpt", out / "model.safetensors", "--sample_steps", "2", "--dtype", "fp32", *extra]
-    assert run("--sample", "3", *again) == 0
-    first = [np.asarray(Image.open(p)) for p in sorted((out / "generated").glob("*.png"))]
-    assert [f.shape for f in first] == [(16, 16, 3)] * 3 and (out / "generated.png").exists()
-    assert run("--sample", "1", *again) == 0
-    second = [np.asarray(Image.open(p)) for p in sorted((out / "generated").glob("*.png"))]
-    assert len(second) == 1 and abs(second[0].astype(int) - first[0]).max() <= 1
-    out.rename("moved")
-    assert run("--sample", "1", "--ckpt", "moved/model.safetensors", *again[2:]) == 0 and not out.exists()  # beside it
-
-
-def test_the_loss_falls_and_the_ema_is_what_is_saved(faces, tmp_path):
-    assert run("--data", faces, *TINY, "--pred", "x0", "--steps", "40", "--eval_every", "20", "--lr", "3e-3") == 0
-    losses = [json.loads(line).get("val_loss") for line in open("out/ddpm_images/log.jsonl")]
-    losses = [x for x in losses if x]
-    assert len(losses) == 3 and losses[2] < 0.8 * losses[1] < losses[0]
-    state = torch.load("out/ddpm_images/ckpt.pt", weights_only=True)
-    saved = mm.load_safetensors("out/ddpm_images/model.safetensors")[0]
-    assert all(torch.equal(saved[k], state["ema"][k]) for k in saved)
-    assert any(not torch.equal(saved[k], state["model"][k]) for k in saved)
-
-
-def test_a_new_run_keeps_the_old_model(faces, capsys):
-    flags = ["--data", faces, *TINY, "--steps", "1"]
-    assert run(*flags) == 0
-    shutil.copy("out/ddpm_images/ckpt.pt", "before.pt")
-    assert run(*flags, "--seed", "1") == 0
-    assert open("before.pt", "rb").read() == open("out/ddpm_images/ckpt.pt.old", "rb").read()
-    assert "is now ckpt.pt.old" in capsys.readouterr().out
-
-
-def test_smoke(run_script, tmp_path):
-    """What a newcomer may try first: the whole path from the command line, in seconds."""
-    done = run_script("ddpm_images.py", "--smoke", cwd=tmp_path)
+def test_ddpm_images_on_the_command_line(run_script, drawn_faces, monkeypatch):
+    """What a newcomer tries first: two steps on drawn faces, then some samples."""
+    done = run_script("ddpm_images.py", "--preset", "smoke", "--class_cond", "--out", "ddpm", cwd=drawn_faces)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "drawn_faces" in done.stdout and len(list(tmp_path.glob("out/smoke/generated/*.png"))) == 4
+    assert "drawn_faces: 15744 images" in done.stdout and "done in" in done.stdout
+    out = drawn_faces / "ddpm"
+    made = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert made == {"ckpt.pt", "log.jsonl", "loss.png", "samples/000001.png", "samples/000002.png", "forward.png",
+                    "reverse.gif", "training.gif", "interpolation.png"}
+    assert Image.open(out / "samples/000002.png").size == (256, 256) and Image.open(out / "reverse.gif").n_frames == 4
+    monkeypatch.chdir(drawn_faces)
+    assert checkpoint("ddpm")["args"]["classes"] == sorted(d.TRAITS)
+    (out / "generated").mkdir()
+    (out / "generated/mine.png").write_bytes(b"a file of the user")
+    sample = "--out ddpm --device cpu --sample_steps 2 --cfg_scale 2 --sampler".split()
+    for n, sampler in ((3, "ddim"), (1, "dpmpp_2m")):  # with fewer images, those of the earlier --sample go
+        run(d, "--sample", n, *sample, sampler, "--label", "fox")
+        assert sorted(p.name for p in out.glob("generated/*")) == [*(f"{i:06}.png" for i in range(n)), "mine.png"]
+        assert Image.open(out / f"generated/{n - 1:06}.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("condition", ["lowres", "gray", "edges", "hole"])
+def test_image_translation(condition, npz, monkeypatch):
+    """--sample restores the images of --data, or else held-out ones: condition, sample, original."""
+    run(d, *SMALL, *npz, "--steps", 1, "--condition", condition, "--out", "run", "--pred", "v", "--schedule", "linear")
+    for i, image in enumerate(faces(40)[0][:3]):
+        save(image, f"mine/{i}.png")
+    for extra, n in ((["--data", "mine"], 3), ([], 2)):
+        run(d, "--sample", n, "--out", "run", "--device", "cpu", *extra)
+        data = d.load_data(extra[1] if extra else "faces.npz", 16)
+        originals = data.images if extra else data.images[data.val]
+        grid = np.asarray(Image.open("run/generated.png"))
+        assert grid.shape == (16, 9 * 16, 3)
+        for i in range(n):
+            x0 = d.to_tensor(originals[i:i + 1], "cpu")
+            cond = d.to_uint8(d.make_condition(condition, x0).expand(-1, 3, -1, -1))[0]
+            made = np.asarray(Image.open(f"run/generated/{i:06}.png"))
+            assert np.array_equal(grid[:, 48 * i:48 * i + 48], np.concatenate([cond, made, originals[i]], 1))
+    assert checkpoint("run")["args"]["data"] == "faces.npz"
+
+
+# Sentences
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with data of all kinds and, by the name of each script, a run of a class-conditional model."""
+    folder = tmp_path_factory.mktemp("workshop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        images, labels = faces()
+        np.savez("faces.npz", images=images, labels=labels)
+        for i in range(16):
+            save(images[i], f"photos/all/{i}.png")
+            if i < 15:
+                save(images[i], f"few/{i}.png")
+        Path("edm").mkdir()
+        Path("edm/dataset.json").write_text("{}")
+        for script in (d, cfm_images):
+            no_show(patch, script)
+            run(script, *SMALL, "--data", "faces.npz", "--class_cond", "--steps", 1, "--out", script.__name__)
+            run(script, *SMALL, "--data", "faces.npz", "--steps", 1, "--out", f"{script.__name__}_plain")
+    return folder
+
+
+SENTENCES = {  # flags: what the script says; RUN stands for the folder of a run
+    "--data nowhere": "--data nowhere: not a folder, .zip or .npz",
+    "--data few": "training takes at least 16 images; --data few has 15",
+    "--data edm": "--data edm: its dataset.json is not read",
+    "--size 20": "error: --size must be a multiple of 8",
+    "--patch 3": "error: --size must be a multiple of 6",
+    "--width 48": "--width of 32",
+    "--steps 0": "must be positive",
+    "--cfg_scale 2": "need a model trained with --class_cond",
+    "--out RUN": "error: --out RUN is not empty: go on with its run by --resume, or name a new folder",
+    "--out photos/run --data photos": "error: --out photos/run and --data photos must not lie in each other",
+    "--out photos --data photos/all": "is not empty",
+    "--out new/run --data new/../.": "error: --out new/run and --data new/../. must not lie in each other",
+    "--sample 2 --out nowhere": "error: there is no nowhere/ckpt.pt: train first, or name the folder of a run",
+    "--resume --out nowhere": "error: there is no nowhere/ckpt.pt",
+    "--sample 2 --out RUN --label wolf": "error: --label wolf: the classes are bear, cat, dog",
+    "--sample 2 --out RUN_plain --cfg_scale 2": "need a model trained with --class_cond",
+    "--sample 2 --out RUN_plain --label cat": "need a model trained with --class_cond",
+    "--resume --out RUN --label cat": "error: --label is for --sample",
+    "--sample 2 --out RUN --data RUN/samples": "must not lie in each other",
+    "--resume --out RUN --patch 2": "error: --patch cannot change: RUN was trained with 4",
+    "--resume --out RUN_plain --class_cond": "error: --class_cond cannot change",
+    "--sample 2 --out RUN --size 32": "error: --size cannot change: RUN was trained with 16",
+    "--resume --out RUN --data photos": "--data photos has the classes ['all'], the model ['bear', 'cat',",
+    "--samp 2 --out RUN": "error: unrecognized arguments: --samp"}
+
+
+@both
+@pytest.mark.parametrize("flags", SENTENCES)
+def test_sentences(script, flags, workshop, monkeypatch, capsys):
+    """What a person does wrong is one sentence, and no file of theirs changes."""
+    def files():
+        return {p: p.stat().st_mtime_ns for p in Path(".").rglob("*") if "data" not in p.parts}
+    monkeypatch.chdir(workshop)
+    before, (flags, want) = files(), (text.replace("RUN", script.__name__) for text in (flags, SENTENCES[flags]))
+    if "--out" not in flags:
+        flags += " --out new"
+    if "--sa" not in flags and "--resume" not in flags:
+        flags = f"{' '.join(SMALL)} {flags}"
+    code = stopped(script, *flags.split())
+    said = capsys.readouterr().err if code == 2 else code
+    assert want in said and ("error: " in said) == (code == 2) and files() == before, said
+
+
+@both
+def test_a_batch_that_the_processes_cannot_share(script, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert stopped(script, *SMALL) == 2
+    assert "error: --batch_size 8 cannot be shared by 3 processes" in capsys.readouterr().err
+
+
+@both
+def test_presets_and_help(script, capsys):
+    args, ckpt = script.parse_args("--preset gpu --width 64 --lr 0.5 --device cpu".split())
+    wanted = script.PRESETS["gpu"] | dict(width=64, lr=0.5)
+    assert ckpt is None and {k: v for k, v in vars(args).items() if k in wanted} == wanted
+    assert stopped(script, "--help") == 0 and "(default: " in capsys.readouterr().out
+
+
+# Drawn faces
+
+
+@pytest.mark.parametrize("size, means", [
+    (64, [175.02, 178.82, 176.51, 153.12, 171.00, 145.19, 146.45, 164.41, 127.76, 182.66]),
+    (33, [175.16, 178.62, 176.93, 152.86, 171.51, 145.53, 147.01, 164.64, 127.60, 183.05])])
+def test_drawn_faces_never_change(size, means):
+    """The mean of the upper half of each, not a checksum: processors round differently. Another size is the same face."""
+    upper = [d.draw_face(0, i, size)[:size // 2].mean() for i in range(10)]
+    np.testing.assert_allclose(upper, means, atol=0.01)
+    traits = [d.face_traits(np.random.default_rng((0, i))) for i in range(400)]
+    for column, table in zip(zip(*traits), (d.TRAITS, d.FURS, d.EYES, d.BACKGROUNDS)):
+        assert min(map(column.count, table)) > 0.5 * len(traits) / len(table), "uniform: 400 fall no lower by chance"
+    corner = [d.draw_face(0, i, size)[0, 0] / d.BACKGROUNDS[background] for i, (*_, background) in enumerate(traits[:10])]
+    assert 0.85 < np.min(corner) <= np.max(corner) < 1.15, "a face has the traits of its number"
+
+
+# Reading one image
+
+
+def save(image, path, **options):
+    """An array or Image as a file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(path, **options)
+
+
+def read(image, path="image.png", size=16, **options):
+    """read_image of an image that is first saved as a file, as float."""
+    save(image, path, **options)
+    result = d.read_image(path, size)
+    assert isinstance(result, np.ndarray), result
+    assert result.dtype == np.uint8 and result.shape == (size, size, 3)
+    return result.astype(float)
+
+
+def near(image, want, by=1):
+    assert np.abs(image - want).max() <= by, f"{image.reshape(-1, 3)[:4]}"
+
+
+def ramp(height, width):
+    """Smooth and different along every axis, so that each crop, mirroring and turn shows."""
+    y, x = np.mgrid[:height, :width]
+    channels = 255 * x // (width - 1), 255 * y // (height - 1), 255 * (x + y) // (width + height - 2)
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+RAMP = ramp(16, 16)
+GRAY, ALPHA = RAMP[..., 0], RAMP[..., 1, None]
+
+
+def test_modes():
+    near(read(RAMP), RAMP, 0)
+    near(read(GRAY), GRAY[..., None], 0)
+    for alpha in (ALPHA, ALPHA[::-1]):  # transparent is white
+        white = 255 * (1 - alpha / 255)
+        near(read(np.dstack([GRAY, alpha])), GRAY[..., None] * (alpha / 255) + white)
+        near(read(np.dstack([RAMP, alpha])), RAMP * (alpha / 255) + white)
+    near(read(RAMP, transparency=(0, 0, 0)), np.where(RAMP.any(-1, keepdims=True), RAMP, 255))
+    palette = Image.fromarray(GRAY // 100, "P")
+    palette.putpalette([250, 10, 20, 30, 240, 50, 60, 70, 230])
+    colors = np.array([[250, 10, 20], [30, 240, 50], [60, 70, 230]])[GRAY // 100]
+    near(read(palette), colors)
+    near(read(palette, "image.gif", transparency=1), np.where(GRAY[..., None] // 100 == 1, 255, colors))
+    near(read(Image.fromarray(GRAY > 99)), 255 * (GRAY > 99)[..., None])
+    near(read(Image.new("CMYK", (16, 16), (200, 100, 0, 0)), "image.jpg", quality=95), (55, 155, 255), 4)
+
+
+def test_16_and_32_bits():
+    """16 bits are scaled; 32 bits have no known range, and never become a black image."""
+    deep = (np.arange(256).reshape(16, 16) * 257).astype(np.uint16)
+    deep[0, :4] = 32768, 65535, 0, 128
+    for path in ("image.png", "image.tif"):
+        near(read(deep, path), deep[..., None] / 257, 0.5)
+    big_endian = Image.frombytes("I;16B", (16, 16), deep.astype(">u2").tobytes())
+    near(read(big_endian, "image.tif"), deep[..., None] / 257, 0.5)
+    unknown = {"float.tif": np.full((16, 16), 0.5, np.float32), "int.tif": np.full((16, 16), 128, np.int32),
+               "16.pgm": deep}  # which Pillow reads as 32 bits
+    for name, pixels in unknown.items():
+        save(pixels, name)
+        assert d.read_image(name, 16) == f"{name}: 32 bits a channel have no known range: save it with 8 or 16"
+
+
+UPRIGHT = ramp(16, 24)  # wider than high: turning it the wrong way shows in the crop too
+STORED = {1: UPRIGHT, 2: UPRIGHT[:, ::-1], 3: UPRIGHT[::-1, ::-1], 4: UPRIGHT[::-1], 5: UPRIGHT.transpose(1, 0, 2),
+          6: np.rot90(UPRIGHT, 1), 7: np.rot90(UPRIGHT.transpose(1, 0, 2), 2), 8: np.rot90(UPRIGHT, -1)}
+
+
+@pytest.mark.filterwarnings("ignore:.*tag")
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation(orientation):
+    """As the EXIF standard numbers them; 6 is a phone held upright. Another entry may be odd: here text is a number,
+    which Pillow's exif_transpose cannot write again."""
+    exif = Image.Exif()
+    exif[274], exif[305], exif[315] = orientation, "software", "x" * 100
+    plain = exif.tobytes()
+    odd = plain.replace(b"\x01\x31\x00\x02", b"\x01\x31\x00\x0c")  # of tag 305
+    for block in (plain, odd):
+        near(read(np.ascontiguousarray(STORED[orientation]), exif=block), UPRIGHT[:, 4:20])
+    large = np.ascontiguousarray(STORED[orientation].repeat(16, 0).repeat(16, 1))
+    near(read(large, "image.jpg", exif=plain, quality=95), UPRIGHT[:, 4:20], 12)
+    near(read(STORED[orientation][..., 0].astype(np.uint16) * 257, exif=plain), UPRIGHT[:, 4:20, :1])
+
+
+def test_a_large_jpeg_is_reduced_exactly():
+    """And not decoded at an eighth of its size first, which distorts where 8 does not divide the side."""
+    face = d.draw_face(0, 0, 1025)
+    want = np.asarray(Image.fromarray(face).resize((64, 64), Image.LANCZOS)).astype(float)
+    error = np.abs(read(face, "image.jpg", 64, quality=95) - want)
+    assert error.mean() < 1 and error.max() < 10
+
+
+@pytest.mark.parametrize("height, width", [(16, 48), (50, 21), (301, 97), (20, 20_000)])
+def test_the_crop_is_in_the_center(height, width):
+    y, x = np.mgrid[:height, :width]
+    middle = np.stack([np.abs(2 * x - width + 1), np.abs(2 * y - height + 1), np.full_like(x, 50)], -1)
+    image, side = (middle * 255 // max(height, width)).astype(np.uint8), min(height, width)
+    top, left = (height - side) / 2, (width - side) / 2
+    want = np.asarray(Image.fromarray(image).resize((16, 16), Image.BOX, (left, top, left + side, top + side)))
+    near(read(image), want.astype(float), 12)  # a box and a Lanczos filter differ a little where the slope changes
+    fine = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    near(read(fine), 127.5, 4)  # averaged, not sampled
+
+
+# Reading a data set
+
+
+def solid(i):
+    """Image number i < 52 of a set, a PNG: its color says which one it is."""
+    file = io.BytesIO()
+    Image.new("RGB", (24, 20), (5 * i, 255 - 5 * i, 77)).save(file, "PNG")
+    return file.getvalue()
+
+
+def put(root, files):
+    """{path: bytes, or the number of an image} -> the folder `root` and root.zip, in the opposite order."""
+    with zipfile.ZipFile(f"{root}.zip", "w") as z:
+        for name, content in sorted(files.items(), reverse=True):
+            content = solid(content) if isinstance(content, int) else content
+            path = Path(root, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            z.writestr(name, content)
+
+
+def contents(path, size=16):
+    """What load_data reads: {number of the image: name of its class}."""
+    data = d.load_data(str(path), size)
+    numbers = data.images[:, 0, 0, 0] // 5
+    assert (data.images == data.images[:, :1, :1]).all() and (data.images[..., 2] == 77).all(), "solid colors"
+    assert len(set(numbers.tolist())) == len(data.images) == len(data.labels) and data.classes == sorted(data.classes)
+    return {n: data.classes[y] for n, y in zip(numbers.tolist(), data.labels)}
+
+
+def in_folders(*names, before="", after="", start=0):
+    """Eight images in a folder per class, and what contents() should say of them."""
+    want = {start + i: name for i, name in enumerate(np.repeat(names, 8).tolist())}
+    return {f"{before}{name}/{after}{i}.png": i for i, name in want.items()}, want
+
+
+CLASSES, WANT = in_folders("ant", "bee", "cow")
+ANT_BEE = in_folders("ant", "bee")[1]
+HELD_OUT = in_folders("ant", "bee", start=30)[0]
+
+
+def split(train, test):
+    files = {f"{train}/{name}": i for name, i in in_folders("ant", "bee")[0].items()}
+    return {**files, **{f"{test}/{name}": i for name, i in HELD_OUT.items()}}, ANT_BEE
+
+
+LAYOUTS = {
+    "flat": ({f"{i:02}.png": i for i in range(16)}, None),  # the class is the name of the folder
+    "classes": (CLASSES, WANT),
+    "a folder around them": in_folders("ant", "bee", "cow", before="my/photos/"),
+    "Train and Test": split("Train", "Test"),
+    "afhq/train and val": split("afhq/train", "afhq/val"),
+    "training and validation": split("training", "validation"),
+    "a class named train": in_folders("car", "train"),
+    "hidden files": ({**CLASSES, "ant/._0.png": b"\0", ".thumbs/1.png": 50, "__MACOSX/ant/._0.png": b"\0"}, WANT),
+    "upper case": ({name.replace(".png", ".PNG"): i for name, i in CLASSES.items()}, WANT),
+    "no image, no suffix": ({**CLASSES, "ant/notes.txt": b"hello", "cow/50": 50}, {**WANT, 50: "cow"})}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, capsys):
+    files, want = LAYOUTS[layout]
+    put("photos", files)
+    for path in ("photos", "photos.zip"):
+        found = contents(path)
+        assert found == want or want is None and set(found) == set(range(16)) and len(set(found.values())) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == (2 if "ant/notes.txt" in files else 0)
+    assert all(line.startswith("1 of 26 files cannot be read as images, such as ") for line in said)
+    a, b = (d.load_data(path, 16).images for path in ("photos", "photos.zip"))
+    assert np.array_equal(a, b), "a .zip holds the same array as its folder"
+
+
+def test_a_hostile_zip_writes_nothing_outside():
+    with zipfile.ZipFile("data.zip", "w") as z:
+        for i, name in enumerate(["../out.png", "../../../../../out.png", "/tmp/x_out.png", "ant/../../out2.png"]):
+            z.writestr(name, solid(i))
+    before = set(Path("..").iterdir()), set(Path("/tmp").glob("x_out*"))
+    assert set(contents("data.zip")) <= {0, 1, 2, 3}
+    assert sorted([*Path(".").iterdir(), *Path("data").iterdir()]) == [Path("data"), Path("data/cache"), Path("data.zip")]
+    assert before == (set(Path("..").iterdir()), set(Path("/tmp").glob("x_out*")))
+
+
+def test_npz():
+    images, y = np.stack([np.full((20, 24, 3), (5 * i, 0, 77), np.uint8) for i in range(20)]), np.arange(20) % 3 * 4 + 3
+    np.savez("plain.npz", images=images)
+    np.savez("labelled.npz", images=images, labels=y)
+    assert contents("plain.npz") == dict.fromkeys(range(20), "all")
+    assert contents("labelled.npz", 32) == {i: str(y[i]) for i in range(20)}
+    np.savez("wide.npz", images=UPRIGHT[None].repeat(16, 0))
+    near(d.load_data("wide.npz", 16).images.astype(float), UPRIGHT[:, 4:20])
+
+
+def test_formats_links_and_broken_files(capsys):
+    """Whatever Pillow reads is read, linked folders are followed, and each file that is no image is counted."""
+    put("photos", {**in_folders("ant")[0], "ant/cut.png": solid(1)[:-40], "ant/empty.png": b""})
+    for i, suffix in enumerate(["jfif", "webp", "bmp", "tif", "ppm", "tga", "jp2", "gif"], 20):
+        save(np.full((16, 16, 3), (5 * i, 0, 77), np.uint8), f"photos/bee/{i}.{suffix}")
+    save(d.draw_face(0, 0, 64), "whole.jpg")
+    Path("photos/bee/cut.jpg").write_bytes(Path("whole.jpg").read_bytes()[:1000])
+    save(np.full((16, 16), 0.5, np.float32), "photos/bee/float.tif")
+    put("elsewhere", {f"{i}.png": i for i in range(40, 48)})
+    Path("photos/linked").symlink_to("../elsewhere")
+    Path("photos/ant/dangling.png").symlink_to("nowhere.png")
+    data = d.load_data("photos", 16)
+    assert data.classes == ["ant", "bee", "linked"] and np.bincount(data.labels).tolist() == [8, 8, 8]
+    said, = capsys.readouterr().out.splitlines()
+    assert said.startswith("5 of 29 files cannot be read as images, such as photos/ant/cut.png: ")
+
+
+def test_cache(monkeypatch):
+    """The second time no image is read; after any change all are; a failure leaves nothing that counts as read."""
+    put("photos", CLASSES)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(d.json, "dumps", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        contents("photos")
+    assert contents("photos") == WANT
+    with monkeypatch.context() as patch:
+        patch.setattr(d, "ProcessPoolExecutor", None)
+        assert contents("photos") == WANT
+    Path("photos/ant/0.png").write_bytes(solid(40))
+    Path("photos/bee/8.png").rename("photos/cow/8.png")
+    assert contents("photos") == {**{k: v for k, v in WANT.items() if k}, 40: "ant", 8: "cow"}
+    assert d.load_data("photos", 32).images.shape == (24, 32, 32, 3)
+
+
+@pytest.mark.parametrize("n, n_val", [(16, 1), (50, 5), (3000, 256)])
+def test_train_and_val(n, n_val):
+    np.savez("some.npz", images=np.zeros((n, 2, 2, 3), np.uint8))
+    data, again = d.load_data("some.npz", 2), d.load_data("some.npz", 2)
+    assert len(data.val) == n_val and sorted([*data.val, *data.train]) == list(range(n))
+    assert np.array_equal(data.val, again.val) and np.array_equal(data.train, again.train)
+    assert n < 3000 or 0.3 < (data.val < n / 2).mean() < 0.7, "spread over the whole set"
+
+
+def test_names_that_the_terminal_cannot_print(monkeypatch):
+    """Class and file names in another encoding, on a terminal that has ASCII alone: a run, to its end."""
+    no_show(monkeypatch, d)
+    name = os.fsdecode(b"caf\xe9 \xe7\x8c\xab")  # Latin-1, then UTF-8
+    put("photos", {f"{folder}/{i}.png": i for i, folder in enumerate(["cat"] * 16 + ["dog"])})
+    Path(f"photos/cat/notes{name}.txt").write_bytes(b"no image")
+    Path("photos/cat").rename(f"photos/{name}")
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    run(d, *SMALL, "--data", "photos", "--steps", 1, "--class_cond", "--out", name)
+    run(d, "--sample", 1, "--label", name, "--out", name, "--device", "cpu")
+    said = screen.buffer.getvalue().decode("ascii")
+    assert "1 of 18 files cannot be read as images, such as photos/caf? ?/notescaf? ?.txt" in said and "done in" in said
+    assert checkpoint(name)["args"]["classes"] == [name, "dog"] and Path(name, "generated/000000.png").exists()
+
+
+def test_animal_faces(monkeypatch, capsys):
+    """A download, or a .zip put there by hand; without a network one line, and drawn faces."""
+    with monkeypatch.context() as patch:
+        patch.setattr(d, "read_images", lambda sources, *_: (np.zeros((len(sources), 1, 1, 3)), range(len(sources))))
+        data = d.load_data("animal_faces", 16)
+    said = capsys.readouterr().out
+    assert said.startswith("animal_faces cannot be downloaded (") and said.count("\n") == 1
+    assert "drawn_faces take their place; or put https://" in said and "at data/animal_faces.zip" in said
+    assert len(data.images) == 16_000 and data.classes == sorted(d.TRAITS)
+    assert not Path("data/animal_faces.zip").exists()
+    put("afhq", split("afhq/train", "afhq/val")[0])
+    shutil.copy("afhq.zip", "data/animal_faces.zip")
+    assert contents("animal_faces") == ANT_BEE

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = "--smoke --data drawn_faces --device cpu --dtype fp32".split()
-each = pytest.mark.parametrize("script", ["ddpm_images", "cfm_images", "latent_dit", "text2img"])
+each = pytest.mark.parametrize("script", ["latent_dit", "text2img"])
 
 
 def trained(module, out, *flags):
@@ -42,23 +42,6 @@ def test_compile_seed_batch_size_and_ema_decay(script, tmp_path, monkeypatch):
     assert compiled and all(torch.allclose(plain[k], same[k], atol=1e-4) for k in plain)
 
 
-@pytest.mark.parametrize("script", ["ddpm_images", "cfm_images"])
-def test_flip(script, tmp_path, monkeypatch):
-    """--no-flip: no picture is learnt as its mirror image."""
-    monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(script)
-    monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
-    monkeypatch.setattr(module, "sample_only", lambda args: None)
-    batches, batch = [], module.train_batch
-    monkeypatch.setattr(module, "train_batch", lambda *more: batches.append(batch(*more)) or batches[-1])
-    for flag in ("--no-flip", "--flip"):
-        trained(module, "out", flag)
-    straight, mirrored = batches[0][0], batches[2][0]
-    same = [torch.equal(a, b) for a, b in zip(straight, mirrored)]
-    assert len(batches) == 4 and 0 < sum(same) < len(same)
-    assert all(a or torch.equal(x.flip(-1), y) for a, x, y in zip(same, straight, mirrored))
-
-
 @pytest.mark.parametrize("script", ["ddpm_2d", "cfm_2d"])
 def test_seed_and_ema_decay_in_the_plane(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -76,46 +59,31 @@ def test_seed_and_ema_decay_in_the_plane(script, tmp_path, monkeypatch):
     assert all(torch.equal(trained[k], made["raw"][k]) for k in trained), "--ema_decay 0: no average"
 
 
-@pytest.mark.parametrize("script", ["ddpm_images", "cfm_images"])
-@pytest.mark.parametrize("attn, wanted", [(0, 1), (4, 3), (8, 5)])
-def test_attn(script, attn, wanted):
-    """Self-attention in the blocks whose side is at most --attn (here of sides 8 and 4, one down and one up), and always
-    in the middle."""
-    module = importlib.import_module(script)
-    model = module.build_model(module.parse_args([*SMALL, "--attn", str(attn)]), 8)
-    assert sum(isinstance(m, module.Attention) for m in model.modules()) == wanted
-
-
 @each
 def test_preset(script):
     """--preset gpu on a CPU: its settings, but for those given by hand."""
     module = importlib.import_module(script)
-    args = vars(module.parse_args("--preset gpu --device cpu --width 64 --lr 0.5".split() if script.endswith("images") else
-                                  "--preset gpu --device cpu --model S --lr 0.5".split()))
-    by_hand = {"width", "model", "lr"}
-    wanted = {k: v for k, v in module.PRESETS["gpu"].items() if k not in by_hand}
-    assert len(wanted) > 5 and args["lr"] == 0.5 and (args.get("width") == 64 or args.get("model") == "S")
-    differ = {k for k, v in wanted.items() if args[k] != v} - {"mults"}
-    assert not differ, differ
+    args = vars(module.parse_args("--preset gpu --device cpu --model S --lr 0.5".split()))
+    wanted = module.PRESETS["gpu"] | {"model": "S", "lr": 0.5}
+    assert len(wanted) > 5 and {k: args[k] for k in wanted} == wanted
 
 
-@pytest.mark.parametrize("script, flag", [("cfm_images", "--shift"), ("latent_dit", "--time_shift"), ("text2img", "--time_shift")])
-def test_shift(script, flag, tmp_path, monkeypatch):
-    """Every grid of times that a run solves along is shifted so; of a transformer also the times it is trained at."""
+@each
+def test_shift(script, tmp_path, monkeypatch):
+    """Every grid of times that a run solves along is shifted so, and the times it is trained at."""
     monkeypatch.chdir(tmp_path)
     module, seen = importlib.import_module(script), []
     monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
-    for name in {"time_grid", "logit_normal"} & set(vars(module)):
+    for name in ("time_grid", "logit_normal"):
         monkeypatch.setattr(module, name, lambda n, shift, *more, real=getattr(module, name), name=name: seen.append(
             (name, shift)) or real(n, shift, *more))
-    trained(module, "out", flag, "2.5")
-    assert set(seen) == {("time_grid", 2.5)} | ({("logit_normal", 2.5)} if script != "cfm_images" else set())
+    trained(module, "out", "--time_shift", "2.5")
+    assert set(seen) == {("time_grid", 2.5), ("logit_normal", 2.5)}
 
 
-@pytest.mark.parametrize("script", ["ddpm_images", "cfm_images", "latent_dit"])
-def test_earlier_pictures_stay_until_the_new_ones_are_there(script, tmp_path, monkeypatch):
+def test_earlier_pictures_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module, folder = importlib.import_module(script), Path("out/generated")
+    module, folder = importlib.import_module("latent_dit"), Path("out/generated")
     monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
     trained(module, "out")  # draws 4
 
@@ -136,10 +104,9 @@ def test_earlier_pictures_stay_until_the_new_ones_are_there(script, tmp_path, mo
     assert all(before[name] != new for name, new in pictures().items())
 
 
-@pytest.mark.parametrize("script", ["ddpm_images", "cfm_images", "latent_dit"])
-def test_a_model_that_draws_nan(script, tmp_path, monkeypatch, capsys):
+def test_a_model_that_draws_nan(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(script)
+    module = importlib.import_module("latent_dit")
     monkeypatch.setattr(module, "draw_pictures", lambda *more, **how: 0.0)
     trained(module, "out")
     path = Path("out/model.safetensors")
@@ -179,14 +146,9 @@ WITHOUT_EFFECT = [
     ("cfm_2d", "--sigma 0.1 --coupling ot", "--sigma is for --coupling sinkhorn alone"),
     ("cfm_2d", "--coupling_size 64", "--coupling_size is for --coupling ot and sinkhorn"),
     *((script, "--data . --out x/y", "--out x/y lies in --data .: its pictures would be learnt the next time")
-      for script in ("ddpm_images", "cfm_images", "latent_dit", "text2img", "finetune_lora")),
+      for script in ("latent_dit", "text2img", "finetune_lora")),
     ("ddpm_2d", "--oracle --sample 5", "--oracle needs no model: leave out --sample and --resume"),
     ("cfm_2d", "--oracle --sample 5", "--sample, --oracle and --from_ddpm exclude one another"),
-    ("ddpm_images", f"{DRAW} --no-flip", "--flip is for training"),
-    ("ddpm_images", f"{DRAW} --min_snr=1", "--min_snr is for training"),
-    ("cfm_images", f"{DRAW} --data drawn_faces", "--data is for training"),
-    ("cfm_images", "--from_ddpm model.safetensors --times uniform", "--times is for training"),
-    ("cfm_images", "--pairs 64", "--pairs is for --reflow alone"),
     ("latent_dit", f"{DRAW} --compile", "--compile is for training"),
     ("latent_dit", f"{DRAW} --repa", "--repa is for training"),
     ("latent_dit", f"{DRAW} --grad_checkpoint", "--grad_checkpoint is for training"),
@@ -198,6 +160,7 @@ WITHOUT_EFFECT = [
     ("text2img", "--cfg_scale 1 --cfg_interval 0 0.5", "--cfg_interval without --cfg_scale changes nothing"),
     ("finetune_lora", f"{LORA} --steps 5", "--steps is for training; for drawing say --sample_steps"),
     ("finetune_lora", f"{LORA} --rank 2", "--rank is for training"),
+    ("finetune_lora", f"{LORA} --no-flip", "--flip is for training"),
     ("finetune_lora", f"{LORA} --min_snr 2", "--min_snr is for training")]
 
 
@@ -211,10 +174,11 @@ def test_a_flag_without_effect_is_refused(script, line, sentence, tmp_path, monk
 
 
 def test_each_flag_is_set_by_a_test():
-    """By one of the script's own, or by one of this file that is run with it."""
+    """By one of the script's own, or by one of this file that is run with it. The two image scripts share their tests."""
     here = Path(__file__).read_text()
     for file in sorted(ROOT.glob("*.py")):
-        own = "".join(test.read_text() for test in sorted((ROOT / "tests").glob(f"test_{file.stem}*.py")))
+        name = "*_images" if file.stem.endswith("_images") else file.stem
+        own = "".join(test.read_text() for test in sorted((ROOT / "tests").glob(f"test_{name}*.py")))
         tests = own + (here if file.stem in here else "")
         flags = re.findall(r'(?<!early)\.add_argument\("--(\w+)', file.read_text())
         missing = [flag for flag in flags if not re.search(rf"--(no-)?{flag}\b", tests)]

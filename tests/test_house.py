@@ -262,7 +262,7 @@ def test_help(run_script):
 def test_flags(script):
     assert parser_of(script).allow_abbrev is False
     most = 99 if script in OLD else 28 if script == "finetune_lora.py" else 24
-    reads = r"(\bargs|known|\))\."
+    reads = r"\b(args|known|parse_args\(argv\))\."
     report([f"--{a.dest} has no help text" for a in flags(script) if not a.help]
            + [f"--{a.dest} is not in snake_case" for a in flags(script) if a.option_strings[0] != f"--{a.dest.lower()}"]
            + [f"--{a.dest} is not used" for a in flags(script) if not re.search(rf"{reads}{a.dest}\b", read(script))]
