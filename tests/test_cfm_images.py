@@ -1,7 +1,6 @@
 """cfm_images.py: paths, loss, solvers and inversion, against closed forms, torchcfm, flow_matching and ddpm_images.py.
 What it shares with ddpm_images.py (runs, sentences, data) is tested for both in test_ddpm_images.py."""
 import argparse
-import math
 import sys
 
 import numpy as np
@@ -43,6 +42,8 @@ def test_path_and_loss_are_those_of_torchcfm_and_flow_matching():
     for pred, right in {"v": -u, "x0": x0}.items():
         for min_snr in (0.0, 0.5):
             assert c.loss_fn(lambda *_: right, x0, eps, t, pred, min_snr).abs().max() < 1e-24
+    near_0 = torch.tensor(0.001).double()  # where (xt - x0) / t is divided by T_MIN
+    torch.testing.assert_close(c.to_velocity(x0, eps, near_0, "x0"), (eps - x0) / c.T_MIN)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
@@ -58,14 +59,6 @@ def test_min_snr_weights_the_error_of_x0(gamma, pred):
     floor = weight[-1].item()
     assert 0 < floor < 0.1
     torch.testing.assert_close(weight, ((1 - t) / t).square().clamp(floor, gamma), rtol=1e-7, atol=0)
-
-
-def test_the_velocity_of_an_x0():
-    """(xt - x0) / t has no bound at t = 0, so t is at least T_MIN."""
-    xt, out, t = randn(3, 1, 2, 2), randn(3, 1, 2, 2, seed=1), torch.tensor([0.8, 0.3, 0.01]).view(3, 1, 1, 1)
-    want = (xt - out) / torch.tensor([0.8, 0.3, c.T_MIN]).view(3, 1, 1, 1)
-    torch.testing.assert_close(c.to_velocity(out, xt, t, "x0"), want)
-    assert c.to_velocity(out, xt, t, "v") is out and 0 < c.T_MIN < 0.1
 
 
 @pytest.mark.parametrize("times", ["logit_normal", "uniform"])
@@ -91,7 +84,7 @@ def linear(xt, t, s=0.5):
 
 
 @pytest.mark.parametrize("sampler, steps, calls, error", [("euler", 400, 400, 1e-2), ("midpoint", 50, 100, 1e-4),
-                                                          ("heun", 50, 99, 1e-3)])
+                                                          ("heun", 50, 99, 2e-3)])
 @pytest.mark.parametrize("pred", ["v", "x0"])
 def test_a_linear_model_has_a_closed_form(sampler, steps, calls, error, pred):
     """Forwards, and backwards from images to noise. The last step of heun is one of Euler."""
@@ -148,7 +141,7 @@ def test_samplers_of_a_diffusion_are_samplers_of_a_flow(theirs, ours):
 
 
 def test_the_network_is_that_of_ddpm_images():
-    """With the same weights, at 30 t."""
+    """With the same weights, at 1000 t: the embedding of a time is made for 0..999."""
     args = argparse.Namespace(width=32, patch=4, mults=[1, 2], blocks=1, attn=1, dropout=0.0, classes=["a", "b"],
                               class_cond=True, condition="none")
     net, theirs = c.UNet(args).double().eval(), ddpm_images.UNet(args).double().eval()
@@ -157,7 +150,7 @@ def test_the_network_is_that_of_ddpm_images():
     for p in net.parameters():
         nn.init.normal_(p, std=0.05)
     theirs.load_state_dict(net.state_dict())
-    torch.testing.assert_close(net(xt, t, y), theirs(xt, 30 * t, y))
+    torch.testing.assert_close(net(xt, t, y), theirs(xt, 1000 * t, y))
 
 
 def test_cfm_images_on_the_command_line(run_script, drawn_faces, monkeypatch):
