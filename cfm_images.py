@@ -322,7 +322,7 @@ def train(args, ckpt, rank, world):
         nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
-        update_ema(ema, raw_model, min(args.ema_decay, step / (9 + step)))  # forgets the random start sooner
+        update_ema(ema, raw_model, min(args.ema_decay, step / (9 + step)))  # forgets the start sooner
         losses.append(loss.detach())
 
         # once in a while: the loss, and more rarely validation, checkpoint and samples
@@ -360,7 +360,7 @@ def sample_images(args, ckpt, rank, world):
     model = UNet(args).to(args.device).eval()
     model.load_state_dict(ckpt["ema"])
     for old in out.glob("generated/" + "[0-9]" * 6 + ".png"):
-        if rank == 0 and int(old.stem) >= args.sample:  # of an earlier --sample, which had more
+        if rank == 0 and int(old.stem) >= args.sample:  # of an earlier, larger --sample
             old.unlink()
     share = np.array_split(np.arange(args.sample), world)[rank]
     for k in tqdm(range(0, len(share), 64), "sampling", disable=None if rank == 0 else True):
@@ -472,11 +472,11 @@ def load_data(data, size):
         file = np.load(path)
         sources = file["images"]
         labels = file["labels"].astype(str) if "labels" in file else ["all"] * len(sources)
-        stamp.append(path.stat().st_mtime_ns)
+        stamp.append(os.path.getmtime(path))
     else:
         sources = list_files(path)
         labels = [p.parent.name for p in sources]
-        stamp += [(str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in sources]
+        stamp += [(str(p), os.path.getmtime(p) if p.exists() else 0) for p in sources]
     images, kept = read_images(sources, size, f"{path.stem}-{size}-{zlib.crc32(repr(stamp).encode()):08x}")
     if local_rank == 0 and dist.is_initialized():
         dist.barrier()

@@ -1,4 +1,4 @@
-"""DDPM on images: a UNet learns to remove Gaussian noise; applied step by step to pure noise, it generates new images.
+"""DDPM on images: a UNet learns to remove Gaussian noise; applied step by step to pure noise, it makes new images.
 
     python ddpm_images.py                      # animal faces that the script draws itself: no download, no GPU
     python ddpm_images.py --data animal_faces  # the AFHQ photographs, downloaded once
@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # The method. xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps mixes an image x0 in [-1, 1] with noise eps: a
-# little noise at t = 0, almost nothing else at t = T - 1. A model is any function (xt, t) -> out, a prediction of eps,
-# v or x0. Training: mix at a random t, predict. Sampling: start from noise, step towards the predicted x0, repeat.
+# little at t = 0, almost only noise at t = T - 1. A model is any function (xt, t) -> out, a prediction of eps, v or
+# x0. Training: mix at a random t, predict. Sampling: start from noise, step towards the predicted x0, repeat.
 
 T = 1000
 
@@ -70,13 +70,13 @@ def to_x0(out, xt, ab, pred):
 
 def loss_fn(model, x0, eps, t, alpha_bar, pred, min_snr=0.0):
     """Squared error of the prediction, DDPM eq. 14: x0, eps (B, C, H, W), t (B,) -> (B,). With min_snr > 0 that of x0
-    counts min(SNR, min_snr) times, 2303.09556, whatever is predicted."""
+    counts min(SNR, min_snr) times, 2303.09556."""
     ab = alpha_bar.to(x0)[t].view(-1, 1, 1, 1)
     # differs from the paper: at least 0.05, or the first steps of sampling, nearly pure noise, would stay untrained
     snr = (ab / (1 - ab)).clamp(min=0.05)
     out = model(add_noise(x0, eps, ab), t).to(x0.dtype)
     v = ab ** 0.5 * eps - (1 - ab) ** 0.5 * x0  # 2202.00512 appendix D
-    target, ratio = {"eps": (eps, snr), "v": (v, snr + 1), "x0": (x0, 1.0)}[pred]  # its squared error over that of x0
+    target, ratio = {"eps": (eps, snr), "v": (v, snr + 1), "x0": (x0, 1.0)}[pred]  # of squared errors, to x0's
     weight = snr.clamp(max=min_snr) / ratio if min_snr > 0 else 1.0
     return (weight * (out - target) ** 2).mean((1, 2, 3))
 
@@ -141,7 +141,7 @@ def make_condition(kind, x0):
         return gray
     sobel = x0.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     slopes = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), torch.stack([sobel, sobel.T])[:, None])
-    return slopes.norm(dim=1, keepdim=True).mul(2).sub(1).clamp(max=1)  # in [-1, 1] as images are
+    return slopes.norm(dim=1, keepdim=True).mul(2).sub(1).clamp(max=1)
 
 
 # -----------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def train(args, ckpt, rank, world):
         nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
-        update_ema(ema, raw_model, min(args.ema_decay, step / (9 + step)))  # forgets the random start sooner
+        update_ema(ema, raw_model, min(args.ema_decay, step / (9 + step)))  # forgets the start sooner
         losses.append(loss.detach())
 
         # once in a while: the loss, and more rarely validation, checkpoint and samples
@@ -414,9 +414,9 @@ def sample_images(args, ckpt, rank, world):
     model.load_state_dict(ckpt["ema"])
     if args.condition != "none":
         data = load_data(args.data, args.size)
-        originals = data.images[data.val] if args.data == ckpt["args"]["data"] else data.images  # none seen in training
+        originals = data.images[data.val] if Path(args.data) == Path(ckpt["args"]["data"]) else data.images
     for old in out.glob("generated/" + "[0-9]" * 6 + ".png"):
-        if rank == 0 and int(old.stem) >= args.sample:  # of an earlier --sample, which had more
+        if rank == 0 and int(old.stem) >= args.sample:  # of an earlier, larger --sample
             old.unlink()
     share = np.array_split(np.arange(args.sample), world)[rank]
     for k in tqdm(range(0, len(share), 64), "sampling", disable=None if rank == 0 else True):
@@ -529,11 +529,11 @@ def load_data(data, size):
         file = np.load(path)
         sources = file["images"]
         labels = file["labels"].astype(str) if "labels" in file else ["all"] * len(sources)
-        stamp.append(path.stat().st_mtime_ns)
+        stamp.append(os.path.getmtime(path))
     else:
         sources = list_files(path)
         labels = [p.parent.name for p in sources]
-        stamp += [(str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in sources]
+        stamp += [(str(p), os.path.getmtime(p) if p.exists() else 0) for p in sources]
     images, kept = read_images(sources, size, f"{path.stem}-{size}-{zlib.crc32(repr(stamp).encode()):08x}")
     if local_rank == 0 and dist.is_initialized():
         dist.barrier()
