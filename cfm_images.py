@@ -218,7 +218,9 @@ def get_batch(data, args, rank, world):
     """The share of this process in a random batch: x0, eps (B, 3, H, W), t (B,), y (B,)."""
     B = args.batch_size
     i = torch.randint(len(data.train), (B,))
-    t = torch.sigmoid(torch.randn(B)) if args.times == "logit_normal" else torch.rand(B)
+    t = torch.rand(B)
+    if args.times == "logit_normal":  # differs from the paper: a fifth stays uniform, or t near 1 would be untrained
+        t = torch.where(torch.rand(B) < 0.2, t, torch.sigmoid(torch.randn(B)))
     mirror, drop = torch.rand(2, B)
     eps = torch.randn(B, 3, args.size, args.size)
     mine = slice(B * rank // world, B * (rank + 1) // world)
