@@ -256,15 +256,14 @@ class UNet(nn.Module):
 # never interrupted, and any number of processes trains on the same batches.
 
 
-def get_batch(data, args, rank, world):
-    """The share of this process in a random batch: x0, eps (B, 3, H, W), t (B,), y (B,)."""
+def get_batch(data, args, step, rank, world):
+    """The share of this process in the batch of a step: x0, eps (B, 3, H, W), t (B,), y (B,)."""
     B = args.batch_size
-    i = torch.randint(len(data.train), (B,))
     t = torch.randint(T, (B,))
     mirror, drop = torch.rand(2, B)
     eps = torch.randn(B, 3, args.size, args.size)
     mine = slice(B * rank // world, B * (rank + 1) // world)
-    i = data.train[i[mine].numpy()]  # numbers of images
+    i = data.train[(np.arange(B)[mine] + (step - 1) * B) % len(data.train)]  # data.train is shuffled
     x0 = to_tensor(data.images[i], args.device)
     if args.flip:
         x0 = torch.where((mirror[mine] < 0.5).view(-1, 1, 1, 1).to(args.device), x0.flip(-1), x0)
@@ -355,7 +354,7 @@ def train(args, ckpt, rank, world):
         print(f"{args.data}: {len(data.train)} images; {world} x {args.device}; writes to {out}")
 
     stop = []
-    if world == 1:  # Ctrl-C saves after the step; several processes would stop at different ones, and just end
+    if world == 1:  # Ctrl-C saves after the step; several processes would stop at different ones
         signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     amp, alpha_bar = autocast(args.device), make_alpha_bar(args.schedule)
     shown = to_tensor(data.images[data.val[:64]], args.device)
@@ -363,9 +362,9 @@ def train(args, ckpt, rank, world):
     began = clock - (log[-1]["seconds"] if log else 0)
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=None if rank == 0 else True)
     for step in bar:
-        opt.param_groups[0]["lr"] = args.lr * min(1, step / 50)  # warm-up, while Adam's averages settle
+        opt.param_groups[0]["lr"] = args.lr * min(1, step / 50)  # warm-up
         torch.manual_seed(seed_of(args.seed, 1, step))           # the same batch in every process
-        x0, eps, t, y = get_batch(data, args, rank, world)
+        x0, eps, t, y = get_batch(data, args, step, rank, world)
         torch.manual_seed(seed_of(args.seed, 2, step, rank))     # dropout: another mask in each
         call = partial(model, y=y, cond=make_condition(args.condition, x0))
         with amp:
@@ -374,7 +373,7 @@ def train(args, ckpt, rank, world):
         nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
-        update_ema(ema, raw_model, min(args.ema_decay, step / (9 + step)))  # forgets the start sooner
+        update_ema(ema, raw_model, min(args.ema_decay, step / (9 + step)))  # forgets the start
         losses.append(loss.detach())
 
         # once in a while: the loss, and more rarely validation, checkpoint and samples
@@ -412,16 +411,14 @@ def sample_images(args, ckpt, rank, world):
     out = Path(args.out)
     model = UNet(args).to(args.device).eval()
     model.load_state_dict(ckpt["ema"])
-    if args.condition != "none":
-        data = load_data(args.data, args.size)
-        originals = data.images[data.val] if Path(args.data) == Path(ckpt["args"]["data"]) else data.images
+    data = load_data(args.data, args.size) if args.condition != "none" else None
     for old in out.glob("generated/" + "[0-9]" * 6 + ".png"):
         if rank == 0 and int(old.stem) >= args.sample:  # of an earlier, larger --sample
             old.unlink()
     share = np.array_split(np.arange(args.sample), world)[rank]
     for k in tqdm(range(0, len(share), 64), "sampling", disable=None if rank == 0 else True):
         i = share[k:k + 64]
-        x0 = to_tensor(originals[i % len(originals)], args.device) if args.condition != "none" else None
+        x0 = to_tensor(data.images[i % len(data.images)], args.device) if data else None
         x = generate(model, args, i, x0)
         for number, image in zip(i, to_uint8(x)):
             save_png(out / f"generated/{number:06d}.png", image[None], 1)
@@ -492,7 +489,7 @@ def list_files(path):
     if not folder.is_dir():
         raise SystemExit(f"--data {path}: not a folder, .zip or .npz")
     if (folder / "dataset.json").exists():
-        raise SystemExit(f"--data {path}: dataset.json is not read; sort the images into a folder for each class")
+        raise SystemExit(f"--data {path}: dataset.json is not read; sort images into a folder per class")
     names = sorted(glob.glob("**", root_dir=folder, recursive=True))  # follows links, leaves out hidden files
     files = {folder / name: set(Path(name.lower()).parts) for name in names if not os.path.isdir(folder / name)}
     train = [p for p, parts in files.items() if parts & {"train", "training"}]
@@ -501,7 +498,7 @@ def list_files(path):
 
 
 def animal_faces():
-    """The AFHQ photographs of StarGAN v2 (CC BY-NC 4.0) as a .zip; "drawn_faces" where they cannot be downloaded."""
+    """The AFHQ photographs of StarGAN v2 (CC BY-NC 4.0) as a .zip, or "drawn_faces" without a network."""
     path = Path("data/animal_faces.zip")
     path.parent.mkdir(exist_ok=True)
     try:
@@ -510,7 +507,7 @@ def animal_faces():
             zipfile.ZipFile(f"{path}.part").close()  # raises for half a file, and for a web page
             os.replace(f"{path}.part", path)
     except (OSError, zipfile.BadZipFile) as e:
-        print(f"animal_faces cannot be downloaded ({e}): drawn_faces take their place, or put {AFHQ_URL} at {path}")
+        print(f"drawn_faces take the place of animal_faces ({e}), or put {AFHQ_URL} at {path}")
     return path if path.exists() else "drawn_faces"
 
 
@@ -529,6 +526,8 @@ def load_data(data, size):
         file = np.load(path)
         sources = file["images"]
         labels = file["labels"].astype(str) if "labels" in file else ["all"] * len(sources)
+        if sources.dtype != np.uint8 or len(labels) != len(sources):
+            raise SystemExit(f"--data {path}: images must be uint8 (N, H, W, 3), labels (N,)")
         stamp.append(os.path.getmtime(path))
     else:
         sources = list_files(path)
@@ -575,7 +574,7 @@ def update_ema(ema, model, decay):
 
 
 def autocast(device):
-    """Arithmetic in bf16 where the hardware has it, which halves the time; the weights stay fp32."""
+    """bf16 where the hardware has it; the weights stay fp32."""
     cpuinfo = Path("/proc/cpuinfo")
     fast = device == "cpu" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
     if "cuda" in device:
@@ -584,7 +583,7 @@ def autocast(device):
 
 
 def write_atomically(path, write):
-    """write(file) to a temporary file, then move it into place: a kill or a full disk never leaves half a file."""
+    """write(file) to a temporary file, then move it into place, so that no kill leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as f:
@@ -750,13 +749,15 @@ def parse_args(argv=None):
     args, ckpt = p.parse_args(argv), None
     if args.resume or args.sample:
         if not os.path.exists(f"{args.out}/ckpt.pt"):
-            p.error(f"there is no {args.out}/ckpt.pt: train first, or name the folder of a run with --out")
+            p.error(f"there is no {args.out}/ckpt.pt: train first, or name a run with --out")
         ckpt = torch.load(f"{args.out}/ckpt.pt", map_location="cpu", weights_only=True)
         p.set_defaults(**ckpt["args"])
         args = p.parse_args(argv)
         for k in "size patch width class_cond condition schedule pred".split():
-            if getattr(args, k) != ckpt["args"][k]:
-                p.error(f"--{k} cannot change: {args.out} was trained with {ckpt['args'][k]}")
+            if getattr(args, k) != ckpt["args"].get(k):  # None in a run of another script
+                p.error(f"--{k} cannot change: {args.out} was trained with {ckpt['args'].get(k)}")
+        if args.resume and ckpt["step"] >= args.steps:
+            p.error(f"{args.out} has done {ckpt['step']} steps: say with --steps how far to go on")
         if args.label and args.label not in args.classes:
             p.error(f"--label {args.label}: the classes are {', '.join(args.classes)}")
     elif os.path.isdir(args.out) and os.listdir(args.out):
@@ -778,11 +779,9 @@ def parse_args(argv=None):
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # file names may hold what a terminal cannot print
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # file names may be unprintable
     args, ckpt = parse_args()
-
-    # torchrun starts this file once per GPU and sets these variables; without it there is one process
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if world > 1:
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -269,9 +269,9 @@ def test_get_batch(script):
     data = argparse.Namespace(images=images, labels=labels, classes=["a", "b", "c"], train=np.arange(2, 20))
     args = argparse.Namespace(batch_size=600, size=8, flip=True, device="cpu", times="logit_normal")
 
-    def batch(rank=0, world=1):
+    def batch(rank=0, world=1, step=1):
         torch.manual_seed(1)
-        return script.get_batch(data, args, rank, world)
+        return script.get_batch(data, args, step, rank, world)
     x0, eps, t, y = batch()
     for whole, a, b in zip((x0, eps, t, y), batch(0, 2), batch(1, 2)):
         assert torch.equal(whole, torch.cat([a, b]))
@@ -285,6 +285,9 @@ def test_get_batch(script):
     assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
     args.flip = False
     assert (batch()[0][:, None] == source).flatten(2).all(2).any(1).all()
+    args.batch_size = 12  # 18 images to train on: every one of them once before any comes again
+    walked = torch.cat([batch(step=step)[0] for step in (1, 2, 3)])
+    assert torch.equal(walked, torch.cat([source[2:], source[2:]]))
     if script is d:
         assert t.min() < 10 and t.max() > 990 and abs(t.float().mean() - 499.5) < 50
 
@@ -465,14 +468,14 @@ def test_ddpm_images_on_the_command_line(run_script, drawn_faces, monkeypatch):
 
 @pytest.mark.parametrize("condition", ["lowres", "gray", "edges", "hole"])
 def test_image_translation(condition, npz):
-    """--sample restores the images of --data, or else held-out ones: condition, sample, original."""
+    """--sample restores the first images of --data, or of the data of training: condition, sample, original."""
     run(d, *SMALL, *npz, "--steps", 1, "--condition", condition, "--out", "run", "--pred", "v", "--schedule", "linear")
     for i in range(3):
         save(d.draw_face(9, i, 40), f"mine/{i}.png")
     for path, n in (("mine", 3), ("faces.npz", 2)):
         run(d, "--sample", n, "--out", "run", "--device", "cpu", *(["--data", path] if path == "mine" else []))
         data, grid = d.load_data(path, 16), np.asarray(Image.open("run/generated.png"))
-        originals = data.images if path == "mine" else data.images[data.val[:n]]
+        originals = data.images[:n]
         assert grid.shape == (16, 9 * 16, 3)
         for i, original in enumerate(originals):
             cond = d.make_condition(condition, d.to_tensor(original[None], "cpu")).expand(-1, 3, -1, -1)
@@ -492,6 +495,8 @@ def workshop(tmp_path_factory, drawn):
         put("photos", {f"all/{i}.png": i for i in range(16)})
         put("few", {f"{i}.png": i for i in range(15)})
         put("edm", {"dataset.json": b"{}"})
+        np.savez("short.npz", images=drawn["images"], labels=drawn["labels"][:9])
+        np.savez("float.npz", images=drawn["images"] / 255)
         for script in (d, cfm_images):
             no_show(patch, script)
             flags = [*SMALL, "--data", "faces.npz", "--steps", 1, "--out"]
@@ -512,17 +517,20 @@ SENTENCES = {  # flags: what the script says; RUN stands for the folder of a run
     "--out photos/run --data photos": "error: --out photos/run and --data photos must not lie in each other",
     "--out photos --data photos/all": "is not empty",
     "--out new/run --data new/../.": "error: --out new/run and --data new/../. must not lie in each other",
-    "--sample 2 --out nowhere": "error: there is no nowhere/ckpt.pt: train first, or name the folder of a run",
+    "--sample 2 --out nowhere": "error: there is no nowhere/ckpt.pt: train first, or name a run with --out",
     "--sample 2 --out RUN --label wolf": "error: --label wolf: the classes are bear, cat, dog",
     "--sample 2 --out RUN_plain --cfg_scale 2": "need a model trained with --class_cond",
-    "--resume --out RUN --label cat": "--sample",
+    "--resume --steps 9 --out RUN --label cat": "--label also --sample",
+    "--resume --out RUN": "error: RUN has done 1 steps: say with --steps how far to go on",
+    "--data short.npz": "images must be uint8 (N, H, W, 3), labels (N,)",
+    "--data float.npz": "images must be uint8 (N, H, W, 3), labels (N,)",
     "--sample 2 --out RUN --data RUN/samples": "must not lie in each other",
     "--sample -1 --out RUN": "positive",
     "--batch_size 16": "error: --batch_size 16 cannot be shared by 3 processes",
     "--resume --out RUN --patch 2": "error: --patch cannot change: RUN was trained with 4",
     "--resume --out RUN_plain --class_cond": "error: --class_cond cannot change",
     "--sample 2 --out RUN --size 32": "error: --size cannot change: RUN was trained with 16",
-    "--resume --out RUN --data photos": "has the classes ['all'], the model ['bear', 'cat',",
+    "--resume --steps 9 --out RUN --data photos": "has the classes ['all'], the model ['bear', 'cat',",
     "--samp 2 --out RUN": "error: unrecognized arguments: --samp"}
 
 
@@ -542,6 +550,19 @@ def test_sentences(script, flags, workshop, monkeypatch, capsys):
     code = stopped(script, *flags.split())
     said = capsys.readouterr().err if code == 2 else code
     assert want in said and ("error: " in said) == (code == 2) and files() == before, said
+
+
+@both
+def test_a_run_of_the_other_script(script, workshop, monkeypatch, capsys):
+    monkeypatch.chdir(workshop)
+    other = d if script is cfm_images else cfm_images
+    assert stopped(script, "--sample", 2, "--out", other.__name__) == 2
+    assert f"{other.__name__} was trained with None" in capsys.readouterr().err
+
+
+def test_a_translation_knows_no_classes(capsys):
+    assert stopped(d, *SMALL, "--out", "new", "--condition", "gray", "--class_cond") == 2
+    assert "exclude each other" in capsys.readouterr().err
 
 
 @both
@@ -827,7 +848,7 @@ def test_animal_faces(monkeypatch, capsys):
         patch.setattr(d, "read_images", lambda sources, *_: (np.zeros((len(sources), 1, 1, 3)), range(len(sources))))
         data = d.load_data("animal_faces", 16)
     said, = capsys.readouterr().out.splitlines()
-    assert said.startswith("animal_faces cannot be downloaded (") and "drawn_faces" in said
+    assert said.startswith("drawn_faces take the place of animal_faces (")
     assert d.AFHQ_URL in said and "data/animal_faces.zip" in said
     assert len(data.images) == 16_000 and data.classes == sorted(d.TRAITS)
     assert not Path("data/animal_faces.zip").exists()
