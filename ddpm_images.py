@@ -8,7 +8,7 @@
     python ddpm_images.py --sample 64          # images by the model in --out
     torchrun --nproc_per_node=8 ddpm_images.py --data animal_faces
 
-MEASURED
+Measured: 218 s on two CPU cores, 95 % recognised (README.md). GPU: not yet.
 Papers: DDPM 2006.11239, cosine schedule 2102.09672, DDIM 2010.02502, v-prediction 2202.00512, min-SNR 2303.09556,
 the UNet of ADM 2105.05233, classifier-free guidance 2207.12598, DPM-Solver++ 2211.01095.
 """
